@@ -1,0 +1,170 @@
+"""Training state <-> safetensors + JSON. Nothing is pickled, so nothing in a checkpoint can run code when it is read.
+
+A tree of dicts, lists, tuples, numbers, strings and tensors is stored as two files: `<name>.json` holds the tree, with
+`{"$tensor": "path"}` where a tensor stood, and `<name>.safetensors` holds the tensors under their paths.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from etude.checkpoint.reading import read_json_strict, read_safetensors_checked
+from etude.errors import CheckpointError
+
+MAX_JSON_BYTES = 256 * 2**20
+
+
+def save_tree(folder: Path, name: str, tree: Any) -> None:
+    """Write `tree` as `<name>.json` and, where it holds tensors, `<name>.safetensors`.
+
+    Raises:
+        CheckpointError: for a value that is neither data nor a tensor, naming its place in the tree.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    encoded = _encode(tree, name, tensors)
+    if tensors:
+        save_file(tensors, str(folder / f"{name}.safetensors"))
+    (folder / f"{name}.json").write_text(json.dumps(encoded, allow_nan=False, indent=1))
+
+
+def load_tree(folder: Path, name: str) -> Any:
+    """Read what `save_tree` wrote.
+
+    Raises:
+        CheckpointError: where a file is missing, malformed or larger than it may be.
+    """
+    encoded = read_json_strict(folder / f"{name}.json", MAX_JSON_BYTES)
+    file = folder / f"{name}.safetensors"
+    tensors = read_safetensors_checked(file) if file.exists() else {}
+    return _decode(encoded, tensors, folder / f"{name}.json")
+
+
+def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if torch.is_tensor(value):
+        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+        return {"$tensor": path}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": repr(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: _encode(item, f"{path}/{key}", tensors) for key, item in value.items()}
+        return {"$dict": [[key, _encode(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        return {"$tuple": items} if isinstance(value, tuple) else items
+    raise CheckpointError(f"{path}: a {type(value).__name__} cannot be saved in a checkpoint; keep numbers and tensors")
+
+
+def _decode(value: Any, tensors: dict[str, torch.Tensor], file: Path) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors, file) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"$tensor"}:
+        if value["$tensor"] not in tensors:
+            raise CheckpointError(f"names a tensor '{value['$tensor']}' that is not in the safetensors file", path=file)
+        return tensors[value["$tensor"]]
+    if value.keys() == {"$float"}:
+        return float(value["$float"])
+    if value.keys() == {"$tuple"}:
+        return tuple(_decode(item, tensors, file) for item in value["$tuple"])
+    if value.keys() == {"$dict"}:
+        return {_hashable(key): _decode(item, tensors, file) for key, item in value["$dict"]}
+    return {key: _decode(item, tensors, file) for key, item in value.items()}
+
+
+def _hashable(key: Any) -> Any:
+    return tuple(key) if isinstance(key, list) else key
+
+
+def optimizer_tree(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, Any]:
+    """An optimizer's state with parameters called by name, so that a changed parameter list is seen, not shuffled."""
+    state_dict = optimizer.state_dict()
+    name_of = dict(_numbered_names(optimizer, names))
+    groups = [
+        {**{key: value for key, value in group.items() if key not in ("params", "param_names")}, "params": params}
+        for group, params in zip(
+            state_dict["param_groups"],
+            [[name_of[number] for number in group["params"]] for group in state_dict["param_groups"]],
+            strict=True,
+        )
+    ]
+    state = {name_of.get(number, number): value for number, value in state_dict["state"].items()}
+    extra = {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")}
+    return {"state": state, "param_groups": groups, "extra": extra}
+
+
+def load_optimizer_tree(
+    optimizer: torch.optim.Optimizer, tree: dict[str, Any], names: dict[torch.Tensor, str], folder: Path
+) -> None:
+    """Restore `optimizer_tree`'s result.
+
+    Raises:
+        CheckpointError: naming the parameters that are new or missing.
+    """
+    number_of = {name: number for number, name in _numbered_names(optimizer, names)}
+    saved = [name for group in tree["param_groups"] for name in group["params"]]
+    missing, new = sorted(set(number_of) - set(saved)), sorted(set(saved) - set(number_of))
+    if missing or new:
+        raise CheckpointError(
+            f"the optimizer state is for other parameters: {_listed(new)} only in the checkpoint, "
+            f"{_listed(missing)} only in the model. Use the adapter settings of the checkpoint, or start a new run in "
+            "another output_dir",
+            path=folder,
+        )
+    current = optimizer.state_dict()["param_groups"]
+    groups = [
+        {**group, "params": [number_of[name] for name in group["params"]]}
+        | ({"param_names": now["param_names"]} if "param_names" in now else {})
+        for group, now in zip(tree["param_groups"], current, strict=True)
+    ]
+    state = {number_of.get(name, name): value for name, value in tree["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups, **tree["extra"]})
+
+
+def _numbered_names(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> list[tuple[int, str]]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [(number, names.get(parameter, f"parameter-{number}")) for number, parameter in enumerate(parameters)]
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def random_tree() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's global generators, on every device in use."""
+    numpy_state = np.random.get_state(legacy=True)
+    tree: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (numpy_state[0], np.asarray(numpy_state[1]).astype(np.int64), *numpy_state[2:]),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tree["cuda"] = torch.cuda.get_rng_state_all()
+    return tree
+
+
+def load_random_tree(tree: dict[str, Any]) -> None:
+    """Restore `random_tree`'s result; generators of devices that are not here are left alone."""
+    random.setstate(tree["python"])
+    name, keys, *rest = tree["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(tree["torch"])
+    if "cuda" in tree and torch.cuda.is_available() and len(tree["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(tree["cuda"])

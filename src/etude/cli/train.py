@@ -1,0 +1,314 @@
+"""`etude train`: a base model, rows of data and a recipe in; an adapter out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from etude.errors import ConfigError
+
+if TYPE_CHECKING:
+    from etude.arguments import TrainingArguments
+    from etude.cli.recipe import Recipe, Settings
+    from etude.data import RowSet, TokenizedRows
+
+RECIPE_OPTIONS = "Recipe"
+
+
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE.yaml] [--ARGUMENT VALUE]...", help="Every training argument is a flag as well."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="M", help="Folder or Hub name of the base model.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="D", help="File or folder of training rows.")] = None,
+    output: Annotated[str | None, typer.Option(metavar="O", help="Folder of the run. [lora-output]")] = None,
+    lora_r: Annotated[str | None, typer.Option(metavar="N", help="Rank of the adapter. [32]")] = None,
+    lora_alpha: Annotated[str | None, typer.Option(metavar="X", help="Its scale is alpha / r. [32]")] = None,
+    lora_dropout: Annotated[str | None, typer.Option(metavar="P", help="Dropout before the adapter. [0]")] = None,
+    lora_targets: Annotated[str | None, typer.Option(metavar="T", help="all-linear, or q_proj,v_proj.")] = None,
+    eval_data: Annotated[str | None, typer.Option(metavar="D", help="File of held-out rows.")] = None,
+    eval_fraction: Annotated[str | None, typer.Option(metavar="P", help="Share held out by hash. [0.05]")] = None,
+    max_length: Annotated[str | None, typer.Option(metavar="N", help="Longest sample in tokens.")] = None,
+    global_batch_size: Annotated[str | None, typer.Option(metavar="N", help="Rows per update. [16]")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="a.b=c", help="Any setting of a recipe; may be repeated.")
+    ] = None,
+    resume: Annotated[
+        str,
+        typer.Option("--resume", "--resume-from-checkpoint", metavar="auto|PATH|none", help="Where to start. [auto]"),
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Execute code that comes with the model.")
+    ] = False,
+    help_arguments: Annotated[
+        bool, typer.Option("--help-arguments", help="List every training argument and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune a language model with LoRA.
+
+    Flags win over the recipe, the recipe over the defaults. The settings that
+    were used are kept in O/recipe.yaml, and running that repeats the run.
+
+      etude train --model ./base --data rows.jsonl --output ./run
+      etude train recipe.yaml --learning-rate 1e-4 --max-steps 200
+    """
+    from etude.cli.flags import describe_arguments
+
+    if help_arguments:
+        typer.echo(describe_arguments())
+        return
+    own = {
+        "model": model,
+        "data": data,
+        "output": output,
+        "lora.r": lora_r,
+        "lora.alpha": lora_alpha,
+        "lora.dropout": lora_dropout,
+        "lora.targets": lora_targets,
+        "eval_data": eval_data,
+        "eval_fraction": eval_fraction,
+        "max_length": max_length,
+        "global_batch_size": global_batch_size,
+    }
+    settings = gather(words or [], {key: text for key, text in own.items() if text is not None}, assignments or [])
+    run(settings, resume=resume, dry_run=dry_run, trust_remote_code=trust_remote_code)
+
+
+def gather(words: list[str], own: Mapping[str, str], assignments: list[str]) -> Settings:
+    """The settings of a command line over those of its recipe file.
+
+    Raises:
+        ConfigError: a name that does not exist, or a file that is no recipe.
+    """
+    from etude.cli import recipe
+    from etude.cli.flags import read_words, spelled
+
+    recipe_file, settings = read_words(words)
+    settings = settings | {key: recipe.typed(text, spelled(key)) for key, text in own.items()}
+    if recipe_file is not None:
+        settings = recipe.read(recipe_file) | settings
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"expected a.b=c, got '{assignment}'", field="--set")
+        settings = recipe.assign(settings, path.strip().replace("-", "_"), text)
+    return settings
+
+
+class Prepared(NamedTuple):
+    """A run that is ready to start; `recipe` holds every setting it was resolved to."""
+
+    recipe: Recipe
+    args: TrainingArguments
+    model: Any
+    tokenizer: Any
+    train_rows: TokenizedRows
+    eval_rows: TokenizedRows | None
+
+
+def run(settings: Settings, *, resume: str, dry_run: bool, trust_remote_code: bool) -> None:
+    """Check the settings, show what they resolve to, and train.
+
+    Raises:
+        EtudeError: naming the setting, file, row or step that is wrong.
+    """
+    from etude.cli import recipe
+
+    chosen = recipe.build(settings)
+    # Wrong values are answered now, before seconds go into imports and minutes into loading.
+    training_arguments(chosen.training, chosen.output, settings)
+    start = starting_point(resume, Path(chosen.output))
+    for key in ("data", "eval_data"):
+        require_sources(key, getattr(chosen, key))
+
+    prepared = prepare(chosen, settings, trust_remote_code=trust_remote_code)
+    is_first_process = int(os.environ.get("RANK", "0")) == 0
+    if is_first_process:
+        typer.echo(resolution(prepared, settings))
+    if dry_run:
+        typer.echo("dry run: everything above was checked, nothing was trained or written")
+        return
+    execute(prepared, start, is_first_process=is_first_process)
+
+
+def training_arguments(training: Mapping[str, Any], output: str, settings: Settings) -> TrainingArguments:
+    """`TrainingArguments`, whose errors also say where the wrong value was set."""
+    from etude.arguments import TrainingArguments
+
+    try:
+        return TrainingArguments(output_dir=output, **training)
+    except ConfigError as error:
+        said = settings.get(error.field or "")
+        if said is None:
+            raise
+        located = ConfigError(f"{str(error).rstrip('.')} ({said.origin})")
+        located.field = error.field
+        raise located from error
+
+
+def starting_point(resume: str, output: Path) -> str | bool:
+    """What `Trainer.train` gets as `resume_from_checkpoint`.
+
+    Raises:
+        ConfigError: a checkpoint that does not exist, or `none` where the checkpoints of another run would be mixed in.
+    """
+    if resume == "auto":
+        return "auto"
+    if resume != "none":
+        if not Path(resume).is_dir():
+            raise ConfigError(f"'{resume}' is no folder; give a checkpoint, auto or none", field="--resume")
+        return resume
+    earlier = sorted(path.name for path in output.glob("checkpoint-*"))
+    if earlier:
+        raise ConfigError(
+            f"'none' starts afresh, but {output} holds {earlier[-1]} of an earlier run; name another --output",
+            field="--resume",
+        )
+    return False
+
+
+def require_sources(key: str, sources: str | list[str] | None) -> None:
+    """Raise ConfigError for data that is not there, before anything slow begins."""
+    for source in [sources] if isinstance(sources, str) else sources or []:
+        if not Path(source).expanduser().exists():
+            raise ConfigError(f"'{source}': no such file or folder", field=key)
+
+
+def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> Prepared:
+    """Load the rows and the model, fill in the defaults, and attach the adapter."""
+    import torch
+    from transformers import set_seed
+
+    from etude.cli.defaults import Facts, training_settings
+    from etude.data import encode_rows
+    from etude.model.load import attach_lora, load_base_model
+
+    train_set, eval_set = read_data(chosen)
+    said = training_arguments(chosen.training, chosen.output, settings)
+    has_gpu = torch.cuda.is_available() and not said.use_cpu
+    has_bfloat16_gpu = has_gpu and torch.cuda.is_bf16_supported()
+    computes_in_bfloat16 = said.bf16 or (has_bfloat16_gpu and not said.fp16 and "bf16" not in chosen.training)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
+    model, tokenizer = load_base_model(
+        chosen.model,
+        dtype="bfloat16" if computes_in_bfloat16 else "float16" if said.fp16 and has_gpu else "float32",
+        device=device,
+        trust_remote_code=trust_remote_code,
+        gguf_file=chosen.gguf_file,
+        quantization=chosen.quantization,
+    )
+    text_config = model.config.get_text_config()
+    limit = chosen.max_length or getattr(text_config, "max_position_embeddings", None)
+    options: dict[str, Any] = {"max_length": limit, "train_on": chosen.train_on, "on_bad_row": chosen.on_bad_row}
+    train_rows = encode_rows(train_set, tokenizer, **options)
+    eval_rows = encode_rows(eval_set, tokenizer, **options) if eval_set is not None and len(eval_set) else None
+
+    facts = Facts(
+        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+        has_bfloat16_gpu=has_bfloat16_gpu,
+        num_eval_rows=len(eval_rows) if eval_rows is not None else 0,
+        model_type=str(model.config.model_type),
+        hidden_size=getattr(text_config, "hidden_size", None),
+    )
+    training = training_settings(chosen, facts)
+    args = training_arguments(training, chosen.output, settings)
+    set_seed(args.seed)  # the adapter's start depends on it
+    adapted = attach_lora(model, chosen.lora.r, chosen.lora.alpha, chosen.lora.dropout, chosen.lora.targets)
+    resolved = replace(chosen, max_length=limit, global_batch_size=None, training=training, **absolute_paths(chosen))
+    return Prepared(resolved, args, adapted, tokenizer, train_rows, eval_rows)
+
+
+def read_data(chosen: Recipe) -> tuple[RowSet, RowSet | None]:
+    """Training and evaluation rows: two files, or one that is split by a hash of each row."""
+    from etude.data import read_rows, split_by_hash
+
+    rows = read_rows(chosen.data, on_bad_row=chosen.on_bad_row)
+    if chosen.eval_data is not None:
+        return rows, read_rows(chosen.eval_data, on_bad_row=chosen.on_bad_row)
+    if chosen.eval_fraction == 0:
+        return rows, None
+    train_set, eval_set = split_by_hash(rows, chosen.eval_fraction)
+    return (train_set, eval_set) if len(train_set) else (rows, None)
+
+
+def absolute_paths(chosen: Recipe) -> dict[str, Any]:
+    """The paths of a recipe as they are found from every folder; Hub names stay names."""
+
+    def absolute(path: str) -> str:
+        found = Path(path).expanduser()
+        return str(found.resolve()) if found.exists() else path
+
+    paths: dict[str, Any] = {"output": str(Path(chosen.output).resolve()), "model": absolute(chosen.model)}
+    for key in ("data", "eval_data"):
+        sources = getattr(chosen, key)
+        paths[key] = (
+            [absolute(source) for source in sources] if isinstance(sources, list) else sources and absolute(sources)
+        )
+    return paths
+
+
+def resolution(prepared: Prepared, settings: Settings) -> str:
+    """What the run was resolved to: every setting with who chose it, then the data and the adapter in numbers."""
+    recipe, args = prepared.recipe, prepared.args
+    values = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.name not in ("lora", "training")}
+    values |= {f"lora.{item.name}": getattr(recipe.lora, item.name) for item in fields(recipe.lora)}
+    values |= dict(sorted(recipe.training.items()))
+    shown = {key: value for key, value in values.items() if value is not None and "token" not in key}
+    width = max(map(len, shown))
+    lines = [
+        f"{key:<{width}}  {value}  ({settings[key].origin if key in settings else 'default'})"
+        for key, value in shown.items()
+    ]
+    trainable = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in prepared.model.parameters())
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    lines += [
+        "",
+        f"train    {prepared.train_rows.statistics.describe()}",
+        f"eval     {prepared.eval_rows.statistics.describe() if prepared.eval_rows is not None else 'no rows held out'}",
+        f"adapter  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})",
+        f"batch    {per_device} rows x {accumulation} steps x {processes} processes = {per_device * accumulation * processes} per update",
+    ]
+    return "\n".join(lines)
+
+
+def execute(prepared: Prepared, start: str | bool, *, is_first_process: bool) -> None:
+    """Train, keep the best adapter in the output folder, and say how it went."""
+    from etude.callbacks import EarlyStoppingCallback
+    from etude.cli.recipe import save
+    from etude.data import CausalLMCollator
+    from etude.trainer import Trainer
+
+    recipe, args = prepared.recipe, prepared.args
+    callbacks = []
+    if recipe.early_stopping_patience and args.load_best_model_at_end:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping_patience))
+    trainer = Trainer(
+        model=prepared.model,
+        args=args,
+        data_collator=CausalLMCollator(prepared.tokenizer),
+        train_dataset=prepared.train_rows,
+        eval_dataset=prepared.eval_rows,
+        processing_class=prepared.tokenizer,
+        callbacks=callbacks,
+    )
+    if is_first_process:
+        Path(recipe.output).mkdir(parents=True, exist_ok=True)
+        save(recipe, Path(recipe.output))
+    result = trainer.train(resume_from_checkpoint=start)
+    trainer.save_model()
+    if is_first_process:
+        typer.echo(
+            f"trained {result.global_step} steps, mean training loss {result.training_loss:.4f}\n"
+            f"adapter: {recipe.output}"
+        )

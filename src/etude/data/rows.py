@@ -1,0 +1,186 @@
+"""Files -> rows that know their file and line.
+
+    read_rows("data/")  ->  RowSet: 999 rows from 2 files, format 'alpaca'
+    rows[500]           ->  {"instruction": ..., "output": ...}
+    rows.origin(500)    ->  ("data/train.jsonl", 501)
+
+Everything is read and checked before anything else happens: a bad row 200,000 is an error now, not in three hours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+from etude.data.formats import FORMATS, Problem, Row, detect_format, expected_fields, row_problem
+from etude.data.readers import COMPRESSED_SUFFIXES, READERS, Record, read_records
+from etude.errors import ConfigError, DataError, nearest
+
+Source = str | Path | Sequence[str | Path] | Sequence[Row]
+OnBadRow = Literal["stop", "skip"]
+
+IN_MEMORY = "rows"  # the file name of rows that came from a list
+
+
+class RowSet(Sequence[Row]):
+    """Checked rows of one format, each with its origin.
+
+    Attributes:
+        format: a name of `FORMATS`.
+        rejected: one `DataError` for each row that was skipped (`on_bad_row="skip"`), in reading order.
+    """
+
+    def __init__(self, format: str, files: Sequence[str]) -> None:
+        self.format = format
+        self.rejected: list[DataError] = []
+        self._files = list(files)
+        self._rows: list[Row] = []
+        self._file_of_row = array("L")
+        self._line_of_row = array("Q")
+
+    def _append(self, row: Row, file: int, line: int) -> None:
+        self._rows.append(row)
+        self._file_of_row.append(file)
+        self._line_of_row.append(line)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> RowSet: ...
+    def __getitem__(self, index: int | slice) -> Row | RowSet:
+        if isinstance(index, slice):
+            return self.subset(range(*index.indices(len(self))))
+        return self._rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    def origin(self, index: int) -> tuple[str, int]:
+        """The file and the line (from 1; the row number in Parquet files and lists) that row `index` came from."""
+        return self._files[self._file_of_row[index]], self._line_of_row[index]
+
+    def subset(self, indices: Iterable[int]) -> RowSet:
+        """The rows at `indices`, in that order, with their origins."""
+        chosen = RowSet(self.format, self._files)
+        for index in indices:
+            chosen._append(self._rows[index], self._file_of_row[index], self._line_of_row[index])
+        return chosen
+
+    def describe(self) -> str:
+        """One line for the start screen: `999 rows from train.jsonl, format 'alpaca' (instruction + output)`."""
+        files = self._files[0] if len(self._files) == 1 else f"{len(self._files)} files"
+        skipped = f", {len(self.rejected)} bad rows skipped" if self.rejected else ""
+        fields = " + ".join(FORMATS[self.format].required)
+        return f"{len(self)} rows from {files}, format '{self.format}' ({fields}){skipped}"
+
+
+def read_rows(source: Source, on_bad_row: OnBadRow = "stop", format: str | None = None) -> RowSet:
+    """Read and check every row of a file, of a folder (its data files, sorted by name), or of a list of those.
+
+    Args:
+        source: `.jsonl`, `.ndjson`, `.json` (an array), `.csv` or `.parquet` files, or rows already in memory.
+        on_bad_row: `"stop"` raises at the first bad row, `"skip"` collects bad rows in `rejected`. What makes a whole
+            file unreadable always raises.
+        format: one of `FORMATS`; without it, the fields of the first good row decide. All rows have the same format.
+
+    Raises:
+        DataError: names the file, the line, the field, what was expected and what was found.
+        ConfigError: `on_bad_row` or `format` has no such value.
+    """
+    if on_bad_row not in ("stop", "skip"):
+        raise ConfigError(f"expected 'stop' or 'skip', got {on_bad_row!r}", field="on_bad_row")
+    if format is not None and format not in FORMATS:
+        guess = nearest(format, tuple(FORMATS))
+        hint = f"; did you mean '{guess}'?" if guess else ""
+        raise ConfigError(f"expected one of {', '.join(FORMATS)}, got {format!r}{hint}", field="format")
+
+    files: dict[str, Iterable[Record]]
+    if not isinstance(source, str | Path) and any(isinstance(item, dict) for item in source):
+        files = {IN_MEMORY: (Record(number, row) for number, row in enumerate(source, start=1))}
+    else:
+        files = {str(file): _records_of(file) for file in _files_of(source)}  # type: ignore[arg-type]
+    rows = RowSet(format or "", list(files))
+    for index, record in ((index, record) for index, records in enumerate(files.values()) for record in records):
+        problem = _problem(record, rows)
+        if problem is None:
+            rows._append(record.value, index, record.line)
+            continue
+        error = DataError(problem.message, file=rows._files[index], line=record.line, field=problem.field)
+        if on_bad_row == "stop":
+            raise error
+        rows.rejected.append(error)
+    if not rows:
+        raise DataError(f"no row is left, all {len(rows.rejected)} were skipped; the first: {rows.rejected[0]}")
+    return rows
+
+
+def _problem(record: Record, rows: RowSet) -> Problem | None:
+    """What is wrong with a record; the first row with known fields decides the format of a row set without one."""
+    if record.problem is not None:
+        return record.problem
+    if not rows.format:
+        if not isinstance(record.value, dict):
+            return Problem(f"expected object, got {type(record.value).__name__}; rows need {expected_fields()}")
+        found = detect_format(record.value)
+        if found is None:
+            names = ", ".join(map(str, record.value)) or "none"
+            return Problem(f"expected the fields of one format ({expected_fields()}), got {names}")
+        problem = row_problem(record.value, found)
+        if problem is None:
+            rows.format = found
+        return problem
+    return row_problem(record.value, rows.format)
+
+
+def _records_of(file: Path) -> Iterator[Record]:
+    is_empty = True
+    for record in read_records(file):
+        is_empty = False
+        yield record
+    if is_empty:
+        raise DataError("expected at least one row, the file has none", file=file)
+
+
+def _files_of(source: str | Path | Sequence[str | Path]) -> list[Path]:
+    if not isinstance(source, str | Path):
+        if not source:
+            raise DataError("expected at least one file or row, got an empty list")
+        return [file for item in source for file in _files_of(item)]
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return [path]
+    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith(".") and not entry.is_dir())
+    # A compressed file in the folder is data that would be left out without a word: its reader refuses it.
+    files = [entry for entry in entries if entry.suffix.lower() in (*READERS, *COMPRESSED_SUFFIXES)]
+    if not files:
+        raise DataError(f"expected a folder with {', '.join(READERS)} files, it has none", file=path)
+    return files
+
+
+def split_by_hash(rows: RowSet, fraction: float, seed: int = 0) -> tuple[RowSet, RowSet]:
+    """Split rows into (train, eval); about `fraction` of them are held out.
+
+    A row's side depends on its content and the seed alone: it stays when rows are added, removed or reordered, and
+    equal rows are never on both sides. In a small set either side can be empty.
+
+    Raises:
+        ConfigError: `fraction` is not between 0 and 1.
+    """
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"expected a share of at least 0 and below 1, got {fraction}", field="fraction")
+    held_out = [_hash_share(row, seed) < fraction for row in rows]
+    train = rows.subset(index for index, is_held_out in enumerate(held_out) if not is_held_out)
+    return train, rows.subset(index for index, is_held_out in enumerate(held_out) if is_held_out)
+
+
+def _hash_share(row: Row, seed: int) -> float:
+    """A number in [0, 1) that is uniform over rows and fixed for a row and a seed."""
+    content = json.dumps([seed, row], sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:6]) / 2**48

@@ -1,0 +1,138 @@
+"""Chat templates, rendered within limits. A template came with a model, from a file: it is never run in this process.
+
+One worker process (`template_worker.py`) renders all rows. It starts on first use (about a second), renders the next
+rows while the caller tokenizes the last ones, and is kept for the next call: the split for evaluation, another template.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from etude.data import template_worker
+from etude.data.template_worker import MAX_CPU_SECONDS, Message, Span
+
+
+class Chat(NamedTuple):
+    """What a template is given for one row."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+
+
+class Rendered(NamedTuple):
+    """A row as text, with the character spans that the model is trained on."""
+
+    text: str
+    spans: list[Span]
+
+
+class Refused(NamedTuple):
+    """Why a row could not be rendered, and whether the row is to blame or the template."""
+
+    reason: str
+    by_row: bool
+
+
+class BoundedRenderer:
+    """Renders chats in a worker process: per row one second of processor time, 256 MiB and one MiB of added text."""
+
+    def __init__(self) -> None:
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._num_unanswered = 0
+
+    def render(
+        self, template: str, variables: Mapping[str, Any], chunks: Iterable[list[Chat]]
+    ) -> Iterator[list[Rendered | Refused]]:
+        """The chats of each chunk, rendered. While the caller works on a chunk, the next one is being rendered.
+
+        Args:
+            template: a Jinja chat template.
+            variables: what it may name beside the messages: the texts of the special tokens.
+
+        After a row that the template is to blame for, the worker may be gone: the rest of its chunk is refused likewise.
+        """
+        try:
+            replies: list[Rendered | Refused] | None = None
+            for chunk in chunks:
+                rows = [chat._asdict() for chat in chunk]
+                self._send({"template": template, "variables": variables, "rows": rows})
+                self._num_unanswered = len(chunk)
+                if replies is not None:
+                    yield replies
+                replies = self._receive()
+            if replies is not None:
+                yield replies
+        finally:
+            if self._num_unanswered:  # the caller left early; what is still under way belongs to nobody
+                self.close()
+
+    def close(self) -> None:
+        """End the worker; the next use starts another."""
+        if self._worker is not None:
+            self._finalizer()
+        self._worker, self._num_unanswered = None, 0
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # -P keeps the folder of the script, whose modules have common names, off the import path.
+        worker = subprocess.Popen(
+            [sys.executable, "-P", template_worker.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        self._finalizer = weakref.finalize(self, _end, worker)
+        return worker
+
+    def _send(self, request: dict[str, Any]) -> None:
+        if self._worker is None or self._worker.poll() is not None:
+            self.close()
+            self._worker = self._start()
+        stdin = self._worker.stdin
+        assert stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the worker is gone, which is told where its reply is missed
+            stdin.write(json.dumps(request).encode() + b"\n")
+            stdin.flush()
+
+    def _receive(self) -> list[Rendered | Refused]:
+        assert self._worker is not None and self._worker.stdout is not None
+        replies: list[Rendered | Refused] = []
+        while self._num_unanswered:
+            line = self._worker.stdout.readline()
+            if not line.endswith(b"\n"):  # the worker is gone; the row that it was working on is to blame
+                replies += [Refused(_cause_of_death(self._worker.wait()), by_row=False)] * self._num_unanswered
+                self.close()
+                break
+            reply = json.loads(line)
+            self._num_unanswered -= 1
+            if "refused" in reply:
+                replies.append(Refused(reply["refused"], reply["by_row"]))
+            else:
+                replies.append(Rendered(reply["text"], [(start, end) for start, end in reply["spans"]]))
+        return replies
+
+
+def _cause_of_death(exit_code: int) -> str:
+    if exit_code == -signal.SIGPROF:
+        return f"it needs more than {MAX_CPU_SECONDS:g} s for one row"
+    return f"the process that renders it ended with code {exit_code}"
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    worker.kill()
+    for pipe in (worker.stdin, worker.stdout):
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):  # an unsent request has nobody to go to
+            pipe.close()
+    worker.wait()
+
+
+renderer = BoundedRenderer()

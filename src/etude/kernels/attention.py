@@ -1,0 +1,233 @@
+"""Causal attention inside the segments of one packed row, never between them.
+
+Samples lie one behind the other in a row of T tokens; `Segments` says where each begins. Three kernels compute the
+same thing:
+
+- "varlen": torch's variable-length flash attention. CUDA, half precision; no logit cap, attention sinks or dropout.
+- "flex": torch's flex attention, compiled, for CUDA models that cap their attention logits.
+- "per_sequence": scaled dot-product attention, one call per segment. Everywhere, and exact for everything.
+
+Legend: T tokens of the row, L tokens of a segment, H heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from etude.errors import ModelError
+
+PER_SEQUENCE, VARLEN, FLEX = "per_sequence", "varlen", "flex"
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Where the samples of a packed row lie, and which kernel attends over them."""
+
+    cu_seqlens: Tensor
+    """First token of every segment and the end of the last: N + 1 numbers, int32, on the model's device."""
+    lengths: tuple[int, ...]
+    max_length: int
+    kernel: str = PER_SEQUENCE
+    windows_seen: list[int | None] | None = None
+    """A list here receives the sliding window of every attention call: what a probe asks for."""
+    block_masks: dict[int | None, Any] = field(default_factory=dict)
+    """The block masks of flex attention by window, shared by the layers of one forward."""
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """What a layer asks for besides causal attention."""
+
+    scaling: float | None = None
+    sliding_window: int | None = None
+    """Keys a query sees, itself included."""
+    softcap: float | None = None
+    """Attention logits become softcap * tanh(logits / softcap)."""
+    sinks: Tensor | None = None
+    """(H): one learned logit per head that takes part in the softmax and has no value."""
+    dropout: float = 0.0
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Kernels worth trying, the fastest first."""
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        return VARLEN, FLEX, PER_SEQUENCE
+    return (PER_SEQUENCE,)
+
+
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: AttentionRule) -> Tensor:
+    """Attend inside every segment: query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D).
+
+    Raises:
+        ModelError: the kernel in `segments` cannot do what `rule` asks for.
+    """
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):  # what autocast does for SDPA it does not do for custom operators
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device_type)) for tensor in (query, key, value))
+    return _KERNELS[segments.kernel](query, key, value, segments, rule)
+
+
+# -- varlen -----------------------------------------------------------------------------------------------------------
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: AttentionRule) -> Tensor:
+    if rule.softcap is not None or rule.sinks is not None or rule.dropout > 0.0:
+        raise ModelError("varlen attention has no logit cap, no attention sinks and no dropout")
+    window = rule.sliding_window
+    hides_keys = window is not None and window < segments.max_length
+    offsets = segments.cu_seqlens.to(query.device)
+    query_THD, key_TKD, value_TKD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    attended_THD = _varlen_attention()(
+        query_THD,
+        key_TKD,
+        value_TKD,
+        offsets,
+        offsets,
+        segments.max_length,
+        segments.max_length,
+        scale=rule.scaling,
+        window_size=(window - 1, 0) if window is not None and hides_keys else (-1, 0),
+    )
+    return attended_THD[None]
+
+
+@functools.cache
+def _varlen_attention() -> Callable[..., Tensor]:
+    """torch's function with grouped heads allowed: newer torch wants that announced, older takes them without a word."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    announced = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return functools.partial(cast(Callable[..., Tensor], varlen_attn), **announced)
+
+
+# -- flex -------------------------------------------------------------------------------------------------------------
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: AttentionRule) -> Tensor:
+    if rule.sinks is not None or rule.dropout > 0.0:
+        raise ModelError("flex attention is used here without attention sinks and without dropout")
+    softcap = rule.softcap
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
+
+    attended_HTD: Tensor = _compiled_flex_attention()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else cap,
+        block_mask=_block_mask(segments, rule.sliding_window, query.device),
+        scale=rule.scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return attended_HTD.transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)  # eager flex attention would materialise T x T scores
+
+
+def _block_mask(segments: Segments, window: int | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if window is not None and window >= segments.max_length:
+        window = None
+    if window not in segments.block_masks:
+        num_tokens = sum(segments.lengths)
+        lengths = segments.cu_seqlens.diff().to(device)
+        segment_of_T = torch.arange(len(segments.lengths), device=device).repeat_interleave(
+            lengths, output_size=num_tokens
+        )
+
+        def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            seen = (segment_of_T[q] == segment_of_T[k]) & (k <= q)
+            return seen if window is None else seen & (q - k < window)
+
+        segments.block_masks[window] = create_block_mask(visible, None, None, num_tokens, num_tokens, device=device)
+    return segments.block_masks[window]
+
+
+# -- per sequence -----------------------------------------------------------------------------------------------------
+
+
+def _per_sequence(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: AttentionRule) -> Tensor:
+    # `split_with_sizes` has one backward for all segments; slicing would fill a zero row of T tokens for each of them.
+    lengths = list(segments.lengths)
+    parts = zip(
+        query.split_with_sizes(lengths, 2),
+        key.split_with_sizes(lengths, 2),
+        value.split_with_sizes(lengths, 2),
+        strict=True,
+    )
+    explicit = rule.softcap is not None or rule.sinks is not None
+    attend = _explicit_attention if explicit else _sdpa
+    return torch.cat([attend(q, k, v, rule).transpose(1, 2) for q, k, v in parts], dim=1)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
+    length, window = query.shape[2], rule.sliding_window
+    mask = _band(length, window, query.device) if window is not None and window < length else None
+    # With `enable_gqa` the CPU leaves its flash kernel: 3.6 times slower, measured at H=4, K=1, L=200, D=256.
+    on_cpu = query.device.type == "cpu"
+    if on_cpu:
+        key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
+    return functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=rule.dropout,
+        is_causal=mask is None,
+        scale=rule.scaling,
+        enable_gqa=not on_cpu and key.shape[1] != query.shape[1],
+    )
+
+
+def _explicit_attention(query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
+    """Attention written out, with its softmax in float32, for what SDPA cannot express."""
+    num_heads, length = query.shape[1], query.shape[2]
+    key, value = _repeat_heads(key, num_heads), _repeat_heads(value, num_heads)
+    scaling = 1.0 / math.sqrt(query.shape[3]) if rule.scaling is None else rule.scaling
+    scores = query @ key.transpose(2, 3) * scaling
+    if rule.softcap is not None:
+        scores = torch.tanh(scores / rule.softcap) * rule.softcap
+    window = length if rule.sliding_window is None else rule.sliding_window
+    scores = scores.masked_fill(~_band(length, window, query.device), float("-inf"))
+    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
+    if rule.sinks is not None:
+        sinks = rule.sinks.to(scores.dtype).view(1, num_heads, 1, 1).expand(1, num_heads, length, 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=softmax_dtype)[..., :length].to(value.dtype)
+    return functional.dropout(weights, p=rule.dropout) @ value
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """(L, L), True where a query sees a key: not after it, and fewer than `window` tokens before it."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:
+    """(1, K, L, D) -> (1, H, L, D): every key/value head serves H / K query heads, neighbours first."""
+    batch, num_kv_heads, length, size = tensor.shape
+    if num_kv_heads == num_heads:
+        return tensor
+    repeated = tensor[:, :, None].expand(batch, num_kv_heads, num_heads // num_kv_heads, length, size)
+    return repeated.reshape(batch, num_heads, length, size)
+
+
+_Kernel = Callable[[Tensor, Tensor, Tensor, Segments, AttentionRule], Tensor]
+_KERNELS: dict[str, _Kernel] = {PER_SEQUENCE: _per_sequence, VARLEN: _varlen, FLEX: _flex}

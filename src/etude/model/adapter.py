@@ -1,0 +1,232 @@
+"""Adapters in and out: what is trainable, what it was trained on, and writing and reading it strictly."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file, save_model
+from torch import nn
+
+from etude.errors import CheckpointError, ModelError
+
+EXTRA_WEIGHTS_FILE = "trainable.safetensors"
+"""Trainable parameters that are part of no adapter file (a head unfrozen by hand)."""
+
+
+def is_peft(model: Any) -> bool:
+    """Whether `model` is a `peft.PeftModel` (or mixed model)."""
+    from peft import PeftMixedModel, PeftModel
+
+    return isinstance(model, (PeftModel, PeftMixedModel))
+
+
+def parameter_names(model: nn.Module) -> dict[torch.Tensor, str]:
+    """The name of each trainable parameter."""
+    return {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def require_trainable(model: nn.Module) -> None:
+    """
+    Raises:
+        ModelError: where nothing would be trained.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if is_peft(model):
+        way_out = "the adapter is frozen: load it with PeftModel.from_pretrained(..., is_trainable=True)"
+    else:
+        way_out = "attach an adapter first: model = get_peft_model(model, LoraConfig(...))"
+    raise ModelError(f"the model has no trainable parameter, so there is nothing to train; {way_out}")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameter counts."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in model.parameters())
+
+
+def adapter_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """For each adapter of a PEFT model, the settings that decide its shape and scale, as plain JSON values."""
+    if not is_peft(model):
+        return {}
+    return {name: _plain(config.to_dict()) for name, config in model.peft_config.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items() if not str(key).startswith("_")}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else str(getattr(value, "value", value))
+
+
+@torch.no_grad()
+def base_fingerprint(model: nn.Module) -> str:
+    """A digest of the frozen weights: of every name and shape, and of 64 evenly spaced values of each tensor.
+
+    Values are compared in bfloat16, so the same base loaded in another precision has the same fingerprint. Quantised
+    weights are compared as they are stored.
+    """
+    digest = hashlib.sha256()
+    samples = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        digest.update(f"{_without_wrappers(name)}:{tuple(parameter.shape)};".encode())
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // 64)
+        values = flat[::stride][:64]
+        samples.append(values.to(torch.bfloat16).float() if values.is_floating_point() else values.float())
+    for sample in samples:
+        digest.update(sample.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _without_wrappers(name: str) -> str:
+    return name.replace("base_model.model.", "").replace(".base_layer", "")
+
+
+def uncovered_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Trainable parameters that no adapter file holds."""
+    if not is_peft(model):
+        return {}
+    from peft import get_peft_model_state_dict
+
+    covered = {
+        tensor.data_ptr()
+        for name in model.peft_config
+        for tensor in get_peft_model_state_dict(
+            model, adapter_name=name, save_embedding_layers=_saves_embeddings(model)
+        ).values()
+    }
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.data_ptr() not in covered
+    }
+
+
+def _saves_embeddings(model: nn.Module) -> bool:
+    """Whole embeddings belong into an adapter file only where they are trained; asking a hub is never needed."""
+    layers = [model.get_input_embeddings()] if hasattr(model, "get_input_embeddings") else []
+    if hasattr(model, "get_output_embeddings"):
+        layers.append(model.get_output_embeddings())
+    return any(
+        parameter.requires_grad and "lora" not in name
+        for layer in layers
+        if layer is not None
+        for name, parameter in layer.named_parameters()
+    )
+
+
+def save_weights(model: nn.Module, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Write what was trained into `folder`: adapter files for a PEFT model, the whole model otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_peft(model):
+        options = {"state_dict": state_dict} if state_dict is not None else {}
+        model.save_pretrained(str(folder), save_embedding_layers=_saves_embeddings(model), **options)
+        extra = uncovered_parameters(model)
+        if extra:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in extra.items()}, folder / EXTRA_WEIGHTS_FILE)
+    elif hasattr(model, "save_pretrained"):
+        model.save_pretrained(str(folder), **({"state_dict": state_dict} if state_dict is not None else {}))
+    else:
+        save_model(model, str(folder / "model.safetensors"))
+
+
+def load_weights(model: nn.Module, folder: Path) -> int:
+    """Put the trained weights of a checkpoint back, in place; returns the number of tensors.
+
+    Raises:
+        CheckpointError: where a tensor is missing, new, or of another shape; nothing has been changed then.
+    """
+    if is_peft(model):
+        return _load_adapters(model, folder)
+    return _load_whole_model(model, folder)
+
+
+def adapter_folder(folder: Path, name: str) -> Path:
+    """peft writes the adapter called "default" into the folder itself and every other one into a sub-folder."""
+    return folder if name == "default" else folder / name
+
+
+def _load_adapters(model: Any, folder: Path) -> int:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    loaded: dict[str, dict[str, torch.Tensor]] = {}
+    for name in model.peft_config:
+        file = adapter_folder(folder, name) / "adapter_model.safetensors"
+        if not file.is_file():
+            raise CheckpointError(f"has no adapter '{name}' (expected {file.name})", path=file.parent)
+        weights = read_tensors(file)
+        expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=_saves_embeddings(model))
+        _require_same_tensors(weights, expected, file)
+        loaded[name] = weights
+    extra_expected = uncovered_parameters(model)
+    extra_file = folder / EXTRA_WEIGHTS_FILE
+    extra = read_tensors(extra_file) if extra_file.is_file() else {}
+    _require_same_tensors(extra, extra_expected, extra_file)
+    for name, weights in loaded.items():
+        set_peft_model_state_dict(model, weights, adapter_name=name)
+    with torch.no_grad():
+        for name, tensor in extra.items():
+            extra_expected[name].copy_(tensor)
+    return sum(map(len, loaded.values())) + len(extra)
+
+
+def _load_whole_model(model: nn.Module, folder: Path) -> int:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError("has no model.safetensors", path=folder)
+    weights = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    expected = model.state_dict()
+    tied = {name for name in expected if name not in weights and _is_alias(expected, name, weights)}
+    _require_same_tensors(weights, {k: v for k, v in expected.items() if k not in tied}, files[0])
+    model.load_state_dict(weights, strict=False)
+    return len(weights)
+
+
+def _is_alias(expected: dict[str, torch.Tensor], name: str, weights: dict[str, torch.Tensor]) -> bool:
+    pointer = expected[name].data_ptr()
+    return any(expected[other].data_ptr() == pointer for other in weights if other in expected)
+
+
+def _require_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], file: Path) -> None:
+    missing, new = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or new:
+        raise CheckpointError(
+            f"holds other tensors than the model: {len(missing)} of the model's {len(expected)} are missing"
+            + (f" (first: {missing[0]})" if missing else "")
+            + (f", {len(new)} are unknown to it (first: {new[0]})" if new else "")
+            + ". Were target_modules or modules_to_save changed? Use the settings of the checkpoint's "
+            "adapter_config.json, or another output_dir for a new run",
+            path=file,
+        )
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(tensor.shape)}, the model's has {tuple(expected[name].shape)}. Was the rank "
+                "(r) changed? Use the settings of the checkpoint's adapter_config.json, or another output_dir for a "
+                "new run",
+                path=file,
+            )
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: where it cannot be read as one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(file))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot be read as safetensors: {error}", path=file) from error

@@ -1,0 +1,156 @@
+"""What a run says on the terminal: one readable line per log, and a progress bar where somebody is watching.
+
+Text that comes from outside (names of metrics, texts among the logs) is shown with its control characters escaped, so
+that a data set or a checkpoint cannot move the cursor, clear the screen or hide a line.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+from etude.errors import require
+
+# Known quantities get a short name and the digits that people compare; the rest is shown under its own name.
+_SHORT: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "loss": ("loss", lambda value: f"{value:.4f}"),
+    "learning_rate": ("lr", lambda value: f"{value:.1e}"),
+    "grad_norm": ("grad", lambda value: f"{value:.2g}" if abs(value) < 10 else f"{value:.1f}"),
+}
+_SHOWN_ELSEWHERE = ("epoch", "step", "total_flos")
+
+
+def printable(text: str, max_length: int | None = None) -> str:
+    """`text` with whatever a terminal would obey instead of show as an escape (`\\x1b`), cut to `max_length`."""
+    if max_length is not None and len(text) > max_length:
+        text = f"{text[:max_length]}... ({len(text)} characters)"
+    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in text)
+
+
+def log_line(logs: Mapping[str, Any], step: int, max_steps: int, max_text_length: int = 100) -> str:
+    """`step 10/300  epoch 0.10  loss 2.1234  lr 1.8e-04  grad 0.91`. The logs are not changed."""
+    parts = [f"step {step}/{max_steps}" if max_steps > 0 else f"step {step}"]
+    if "epoch" in logs:
+        parts.append(f"epoch {_shown(logs['epoch'], max_text_length, lambda value: f'{value:.2f}')}")
+    for name, value in logs.items():
+        if name not in _SHOWN_ELSEWHERE:
+            short, digits = _SHORT.get(name, (printable(name, max_text_length), lambda value: f"{value:.4g}"))
+            parts.append(f"{short} {_shown(value, max_text_length, digits)}")
+    return "  ".join(parts)
+
+
+def _shown(value: Any, max_text_length: int, digits: Callable[[float], str]) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return digits(value)
+    return printable(str(value), max_text_length)
+
+
+class PrinterCallback:
+    """Prints one plain line per log, once per machine.
+
+    Args:
+        stream: where to; by default whatever `sys.stdout` is at that moment.
+        max_str_len: texts among the logs are cut to this length.
+    """
+
+    def __init__(self, stream: TextIO | None = None, max_str_len: int = 100) -> None:
+        self.stream = stream
+        self.max_str_len = max_str_len
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_local_process_zero and logs:
+            self.write(log_line(logs, state.global_step, state.max_steps, self.max_str_len))
+
+    def write(self, line: str) -> None:
+        """Show a line that is safe to show."""
+        stream = self.stream or sys.stdout
+        stream.write(f"{line}\n")
+        stream.flush()
+
+
+class ProgressCallback(PrinterCallback):
+    """A progress bar with steps, loss, learning rate and time left, and the lines of `PrinterCallback` above it.
+
+    There is no bar, only lines, where `args.disable_tqdm` is set or the bar would not go to a terminal.
+
+    Args:
+        max_str_len: texts among the logs are cut to this length.
+        stream: where the lines go; by default whatever `sys.stdout` is at that moment.
+        bar_stream: where the bars go; by default `sys.stderr`.
+    """
+
+    def __init__(self, max_str_len: int = 100, stream: TextIO | None = None, bar_stream: TextIO | None = None) -> None:
+        super().__init__(stream, max_str_len)
+        self.bar_stream = bar_stream
+        self.training_bar: Any = None
+        self.prediction_bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self._has_audience(args):
+            # A resumed run starts in the middle: its rate, and so the time left, counts only the steps of this session.
+            self.training_bar = self._bar(total=state.max_steps, initial=state.global_step, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            self.training_bar.update(state.global_step - self.training_bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.training_bar is not None and logs and "loss" in logs:
+            shown = {name: logs[name] for name in ("loss", "learning_rate") if name in logs}
+            self.training_bar.set_postfix_str(
+                " ".join(f"{_SHORT[name][0]} {_shown(value, 20, _SHORT[name][1])}" for name, value in shown.items()),
+                refresh=False,
+            )
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not self._has_audience(args):
+            return
+        if self.prediction_bar is None:
+            self.prediction_bar = self._bar(
+                total=_length(eval_dataloader), unit="batch", desc="evaluating", leave=False
+            )
+        self.prediction_bar.update(1)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._close_prediction_bar()
+
+    def on_predict(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._close_prediction_bar()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._close_prediction_bar()
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
+    def write(self, line: str) -> None:
+        if self.training_bar is None and self.prediction_bar is None:
+            super().write(line)
+        else:
+            bar = self.training_bar if self.training_bar is not None else self.prediction_bar
+            bar.write(line, file=self.stream or sys.stdout)
+
+    def _has_audience(self, args: Any) -> bool:
+        return not getattr(args, "disable_tqdm", False) and (self.bar_stream or sys.stderr).isatty()
+
+    def _bar(self, **settings: Any) -> Any:
+        tqdm: Any = require("tqdm", purpose="a progress bar")
+        return tqdm.tqdm(file=self.bar_stream or sys.stderr, dynamic_ncols=True, **settings)
+
+    def _close_prediction_bar(self) -> None:
+        if self.prediction_bar is not None:
+            self.prediction_bar.close()
+            self.prediction_bar = None
+
+
+def _length(loader: Any) -> int | None:
+    """Batches of a loader, None where it cannot know (a stream)."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None

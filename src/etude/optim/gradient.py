@@ -1,0 +1,99 @@
+"""The gradient of one optimizer step: accumulated over micro-batches, unscaled, clipped, and checked before it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from etude.errors import ModelError, NonFiniteError
+from etude.optim.clipping import clip_gradients
+from etude.precision import LossScaler
+
+
+class Gradient:
+    """Owns the gradients of the trainable parameters between two updates.
+
+    `forward_backward(micro_batch, num_items)` returns the micro-batch's share of the step's loss, detached.
+    `rows_of(micro_batch)` names its rows for error messages. `clip` may replace the built-in clipping.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Iterable[nn.Parameter],
+        forward_backward: Callable[[Any, int | None], torch.Tensor],
+        *,
+        device: torch.device,
+        scaler: LossScaler,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float,
+        stops_on_nonfinite: bool,
+        rows_of: Callable[[Any], list[int]],
+        clip: Callable[[list[nn.Parameter], float], torch.Tensor] | None = None,
+    ) -> None:
+        self.model, self.parameters = model, list(parameters)
+        self.forward_backward, self.device = forward_backward, device
+        self.scaler, self.optimizer, self.max_norm = scaler, optimizer, max_norm
+        self.stops_on_nonfinite, self.rows_of = stops_on_nonfinite, rows_of
+        self.clip = clip or clip_gradients
+        self.shares: list[tuple[Any, torch.Tensor]] = []
+        self._must_reach_adapters = True
+
+    def zero(self) -> torch.Tensor:
+        """Forget the last step's gradients; returns a zero loss to sum into."""
+        self.model.zero_grad(set_to_none=True)
+        self.shares = []
+        return torch.zeros((), dtype=torch.float32, device=self.device)
+
+    def accumulate(self, micro_batch: Any, num_items: int | None) -> torch.Tensor:
+        """Add one micro-batch's gradient; returns its share of the loss, a float32 scalar."""
+        share = self.forward_backward(micro_batch, num_items).detach().float()
+        self.shares.append((micro_batch, share))
+        return share.to(self.device)
+
+    def reduce_and_clip(self) -> torch.Tensor:
+        """The L2 norm of the whole gradient before clipping; the gradient is then at most `max_norm` long."""
+        self.scaler.unscale(self.optimizer)
+        if self._must_reach_adapters:
+            self._require_any_gradient()
+        return self.clip(self.parameters, self.max_norm)
+
+    def require_finite(self, loss: torch.Tensor, norm: torch.Tensor | float | None, step: Any) -> None:
+        """
+        Raises:
+            NonFiniteError: naming step, micro-batch and rows, where the loss or the norm is NaN or infinite.
+        """
+        if not self.stops_on_nonfinite:
+            return
+        norm_value = math.nan if norm is None else float(norm)
+        loss_value = float(loss)
+        overflow_is_fine = norm is None or self.scaler.tolerates_overflow
+        if math.isfinite(loss_value) and (overflow_is_fine or math.isfinite(norm_value)):
+            return
+        culprit = next((batch for batch, share in self.shares if not math.isfinite(float(share))), None)
+        what = f"the loss is {loss_value}" if culprit is not None else f"the gradient norm is {norm_value}"
+        raise NonFiniteError(
+            f"{what}. The update was not made, so the weights and the last checkpoint are as they were. Look at these "
+            "rows, lower learning_rate or max_grad_norm, or pass on_nonfinite='continue' to go on regardless",
+            step=step.number,
+            micro_batch=None if culprit is None else culprit.index,
+            rows=self._describe_rows(culprit),
+        )
+
+    def _require_any_gradient(self) -> None:
+        """After the first step, some trainable parameter must have a gradient, or the run would train nothing."""
+        self._must_reach_adapters = False
+        if not any(parameter.grad is not None for parameter in self.parameters):
+            raise ModelError(
+                "no trainable parameter received a gradient in the first step: the loss does not depend on the adapter. "
+                "Is the adapter active (model.set_adapter), or cut off by torch.no_grad or activation checkpointing?"
+            )
+
+    def _describe_rows(self, culprit: Any | None) -> str | None:
+        batches = [culprit] if culprit is not None else [batch for batch, _ in self.shares]
+        rows = [row for batch in batches for row in self.rows_of(batch)]
+        return ", ".join(map(str, rows[:16])) + (" ..." if len(rows) > 16 else "") if rows else None

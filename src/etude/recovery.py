@@ -1,0 +1,225 @@
+"""A run into a checkpoint, and back: what is saved where, and what must be equal to go on."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from etude.callbacks import TrainerState
+from etude.checkpoint.codec import load_tree, save_tree
+from etude.checkpoint.policy import steps_to_retire
+from etude.checkpoint.resume import PROGRESS, changes_since, refuse_fatal
+from etude.checkpoint.store import Checkpoint, CheckpointStore
+from etude.data.fingerprint import data_fingerprint
+from etude.errors import CheckpointError
+from etude.model.adapter import adapter_settings, base_fingerprint
+
+if TYPE_CHECKING:
+    from etude.run import Run
+    from etude.trainer import Trainer
+
+RECORDED_SETTINGS = [
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "warmup_ratio",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+]
+
+FAILURES_IN_A_ROW = 3
+"""After this many failed saves in a row training stops: it would only get further from the last checkpoint."""
+
+
+def describe_run(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint records of the run, to be compared when it is resumed."""
+    return {
+        "adapters": adapter_settings(trainer.model),
+        "base": base_fingerprint(trainer.model),
+        "data": data_fingerprint(trainer.train_dataset),
+        "settings": {name: getattr(trainer.args, name, None) for name in RECORDED_SETTINGS},
+        "versions": {
+            **{name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+            "device": torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else platform.machine(),
+        },
+    }
+
+
+def progress_of(trainer: Trainer, run: Run) -> dict[str, Any]:
+    """Where the run stands, beyond what `trainer_state.json` holds."""
+    position = run.batches.saved_position()
+    return {
+        "position": {
+            "epoch": position.epoch,
+            "batches_done": position.batches_done,
+            "samples_per_batch": trainer.args.train_batch_size,
+            "epoch_ended": run.events.epoch_ended,
+            "stream_state": position.stream_state,
+        },
+        "pending": dict(run.events.pending),
+        "learning_rate": run.events.learning_rate,
+        "loss_since_log": float(trainer._tr_loss),
+        "loss_total": trainer._total_loss_scalar,
+        "step_last_logged": trainer._globalstep_last_logged,
+        "stop_requested": bool(
+            trainer.control.should_training_stop and trainer.state.global_step < trainer.state.max_steps
+        ),
+        "cut": trainer.cut,
+        "run": trainer.run_record,
+    }
+
+
+def save_checkpoint(trainer: Trainer, run: Run, trial: Any) -> Checkpoint:
+    """Write and commit `checkpoint-<step>`, then retire those that `save_total_limit` has no room for.
+
+    Raises:
+        CheckpointError: it could not be written; older checkpoints are intact.
+    """
+    state, args = trainer.state, trainer.args
+    store = CheckpointStore(trainer._get_output_dir(trial))
+    existing = {checkpoint.step for checkpoint in store.committed()}
+    if state.best_global_step and state.best_global_step in existing | {state.global_step}:
+        state.best_model_checkpoint = str(store.root / f"checkpoint-{state.best_global_step}")
+    with store.begin(state.global_step) as draft:
+        with draft.failures_named():
+            trainer.save_model(str(draft.path), _internal_call=True)
+            if not args.save_only_model:
+                trainer._save_optimizer_and_scheduler(str(draft.path))
+                trainer._save_scaler(str(draft.path))
+                trainer._save_rng_state(str(draft.path))
+            trainer.collect_callback_states()
+            state.save_to_json(draft.path / "trainer_state.json")
+            save_tree(draft.path, PROGRESS, progress_of(trainer, run))
+        checkpoint = draft.commit(step=state.global_step, extra={"versions": trainer.run_record["versions"]})
+    run.events.saved_at = (state.global_step, run.events.epoch_ended)
+    run.events.pending = {}
+    committed = store.committed()
+    retired = set(steps_to_retire([c.step for c in committed], args.save_total_limit, state.best_global_step))
+    for old in committed:
+        if old.step in retired:
+            store.retire(old)
+    return checkpoint
+
+
+class SaveAttempts:
+    """Decides what a failed save means: go on and try again at the next interval, or stop."""
+
+    def __init__(self) -> None:
+        self.failed_in_a_row = 0
+
+    def succeeded(self) -> None:
+        self.failed_in_a_row = 0
+
+    def failed(self, error: CheckpointError, *, is_final: bool, say: Any) -> None:
+        """
+        Raises:
+            CheckpointError: the final save failed, or too many in a row.
+        """
+        self.failed_in_a_row += 1
+        if is_final:
+            error.add_note("This was the final save: free some space or fix the folder, then resume to save it again.")
+            raise error
+        if self.failed_in_a_row >= FAILURES_IN_A_ROW:
+            error.add_note(f"{self.failed_in_a_row} saves in a row failed, so training stops.")
+            raise error
+        say(f"checkpoint not written, training goes on and tries again at the next save: {error}")
+
+
+def restore_run(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> None:
+    """Put a run back to where `checkpoint` was written.
+
+    Raises:
+        CheckpointError: the run differs from the recorded one in a way that makes resuming wrong.
+    """
+    folder = checkpoint.path
+    progress = load_tree(folder, PROGRESS)
+    changes = changes_since(progress["run"], trainer.run_record)
+    if trainer.args.ignore_data_skip:
+        changes = [change for change in changes if change.name != "training data"]
+    refuse_fatal(changes, checkpoint)
+    for change in changes:
+        trainer.notices.say(f"changed since {folder.name}: {change}")
+    if progress["cut"] != trainer.cut:
+        trainer.notices.say(f"cut of {folder.name}: {progress['cut']}; now: {trainer.cut}")
+    trainer.call_hook(trainer._load_from_checkpoint, resume_from_checkpoint=str(folder), model=trainer.model)
+    state = TrainerState.load_from_json(folder / "trainer_state.json")
+    state.stateful_callbacks = {**trainer.state.stateful_callbacks, **state.stateful_callbacks}
+    if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
+        trainer.notices.say(f"the best checkpoint {state.best_model_checkpoint} is not there any more")
+        state.best_model_checkpoint = None
+    trainer.state = state
+    state.init_training_references(trainer, run.plan.max_steps, run.plan.num_epochs, None)
+    state.compute_steps(trainer.args, run.plan.max_steps)
+    trainer._load_callback_state()
+    _restore_position(trainer, run, progress["position"])
+    trainer._load_optimizer_and_scheduler(str(folder))
+    trainer._load_scaler(str(folder))
+    trainer._load_rng_state(str(folder))
+    trainer._tr_loss.fill_(progress["loss_since_log"])
+    trainer._total_loss_scalar = progress["loss_total"]
+    trainer._globalstep_last_logged = progress["step_last_logged"]
+    run.events.pending = progress["pending"]
+    run.events.learning_rate = progress["learning_rate"]
+    run.events.saved_at = (state.global_step, progress["position"]["epoch_ended"])
+    run.initial_global_step = state.global_step
+    run.stop_was_requested = progress["stop_requested"]
+    position = f"epoch {run.first_epoch}, micro-batch {run.first_batch}"
+    trainer.notices.say(f"resumed {folder.name}: step {state.global_step} of {run.plan.max_steps}, {position}")
+
+
+def _restore_position(trainer: Trainer, run: Run, position: dict[str, Any]) -> None:
+    """Enter the data where the checkpoint left it; a changed batch size is converted by the samples seen."""
+    epoch, batches = position["epoch"], position["batches_done"]
+    was, now = position["samples_per_batch"], trainer.args.train_batch_size
+    stream_state = position["stream_state"]
+    if was != now:
+        batches, stream_state = batches * was // now, stream_state
+    if trainer.args.ignore_data_skip:
+        batches, stream_state = 0, None
+    run.batches.position.epoch, run.batches.position.batches_done = epoch, batches
+    if position["epoch_ended"]:
+        epoch, batches, stream_state = epoch + 1, 0, None
+    run.first_epoch, run.first_batch, run.stream_state = epoch, batches, stream_state
+
+
+def set_aside(trainer: Trainer, store: CheckpointStore, resumed: Checkpoint | None) -> None:
+    """Move checkpoints that this run does not go on from out of its way, so that the newest one is always its own."""
+    in_the_way = [c for c in store.committed() if resumed is None or c.step > resumed.step]
+    if not in_the_way:
+        return
+    folder = store.root / f"previous-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{folder.name.split('.')[0]}.{number}")
+    folder.mkdir()
+    for checkpoint in in_the_way:
+        checkpoint.path.rename(folder / checkpoint.path.name)
+    begins = "begins afresh" if resumed is None else f"goes on from {resumed.path.name}"
+    names = ", ".join(checkpoint.path.name for checkpoint in in_the_way)
+    trainer.notices.say(
+        f"this run {begins}, so {names} of an earlier run moved to {folder.name}/ "
+        '(resume_from_checkpoint="auto" goes on from the newest instead)'
+    )

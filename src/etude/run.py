@@ -1,0 +1,285 @@
+"""A training run: the parts that the loop names, put together by `Trainer.train`."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from etude.data.batching import MicroBatch, StepBatches
+from etude.data.loader import has_length
+from etude.data.randomness import derive_seed
+from etude.errors import ConfigError, DataError, Interrupted
+from etude.interrupts import Interrupts, StopNow
+
+if TYPE_CHECKING:
+    from etude.optim.gradient import Gradient
+    from etude.outputs import TrainOutput
+    from etude.precision import LossScaler
+    from etude.trainer import Trainer
+
+
+class Step(NamedTuple):
+    """One optimizer step; `number` counts from 1 over the whole run."""
+
+    number: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run."""
+
+    batches_per_epoch: int
+    """Micro-batches of the loader in an epoch; for a stream of unknown length those of the whole run."""
+    steps_per_epoch: int
+    num_epochs: int
+    max_steps: int
+    num_samples: float
+    """Samples that the whole schedule sees, for the throughput in the summary."""
+    streamed: bool
+
+
+def plan_run(args: Any, loader: Any, num_samples: int | None) -> Plan:
+    """
+    Raises:
+        ConfigError: a stream without length needs `max_steps`.
+        DataError: there is not a single batch.
+    """
+    accumulation = args.gradient_accumulation_steps
+    if not has_length(loader):
+        if args.max_steps <= 0:
+            raise ConfigError(
+                "must be set, since the training data has no length and an epoch cannot be counted", field="max_steps"
+            )
+        samples = args.max_steps * args.train_batch_size * accumulation
+        return Plan(args.max_steps * accumulation, args.max_steps, sys.maxsize, args.max_steps, samples, True)
+    batches = len(loader)
+    if batches == 0:
+        raise DataError(_why_no_batch(args, num_samples))
+    steps = max(1, -(-batches // accumulation))
+    samples = num_samples or batches * args.train_batch_size
+    if args.max_steps > 0:
+        total = args.max_steps * args.train_batch_size * accumulation
+        return Plan(batches, steps, -(-args.max_steps // steps), args.max_steps, total, False)
+    max_steps = math.ceil(args.num_train_epochs * steps)
+    total = samples * args.num_train_epochs
+    return Plan(batches, steps, math.ceil(args.num_train_epochs), max_steps, total, False)
+
+
+def _why_no_batch(args: Any, num_samples: int | None) -> str:
+    if not num_samples:
+        return "the training dataset is empty"
+    return (
+        f"the training dataset has {num_samples} samples, fewer than the batch size {args.train_batch_size}, and "
+        "dataloader_drop_last=True drops the incomplete batch: nothing would be trained. Lower "
+        "per_device_train_batch_size or set dataloader_drop_last=False"
+    )
+
+
+class Run:
+    """What `loop.train` runs over."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        plan: Plan,
+        batches: StepBatches,
+        gradient: Gradient,
+        scaler: LossScaler,
+        interrupts: Interrupts,
+        *,
+        trial: Any,
+        ignore_keys_for_eval: list[str] | None,
+    ) -> None:
+        self.trainer, self.plan, self.batches, self.gradient = trainer, plan, batches, gradient
+        self.scaler, self.interrupts = scaler, interrupts
+        self.first_epoch, self.first_batch = 0, 0
+        self.stream_state: dict[str, Any] | None = None
+        self.stop_was_requested = False
+        self.initial_global_step = trainer.state.global_step
+        self.start_time = time.time()
+        self.events = Events(self, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        self.update = Update(self)
+
+    def remaining_steps(self) -> Iterator[Step]:
+        """The steps still to be made, with the events of their epochs around them."""
+        state, control = self.trainer.state, self.events.control
+        if self.stop_was_requested:
+            self.trainer.notices.say(
+                f"a callback had stopped this run at step {state.global_step}; nothing is left to do"
+            )
+            control().should_training_stop = True
+        for epoch in range(self.first_epoch, self.plan.num_epochs):
+            if control().should_training_stop:
+                break
+            self.batches.open_epoch(epoch, self.first_batch, self.stream_state)
+            steps_done = self.first_batch // self.batches.accumulation
+            self.first_batch, self.stream_state = 0, None
+            self.events.epoch_begin()
+            found_any = steps_done > 0
+            while state.global_step < self.plan.max_steps and steps_done < self.plan.steps_per_epoch:
+                if not self._load_next_step():
+                    break
+                yield Step(state.global_step + 1, epoch)
+                found_any, steps_done = True, steps_done + 1
+                if control().should_epoch_stop or control().should_training_stop:
+                    break
+            if not found_any and state.global_step < self.plan.max_steps:
+                self.trainer.notices.say(f"epoch {epoch} had no data, so training ends at step {state.global_step}")
+                control().should_training_stop = True
+            self.events.epoch_end()
+            if state.global_step >= self.plan.max_steps:
+                control().should_training_stop = True
+
+    def _load_next_step(self) -> bool:
+        try:
+            with self.interrupts.stopping_at_once():
+                return self.batches.advance()
+        except StopNow:
+            return self.events.stop_here()
+
+    def forward_backward(self, micro_batch: MicroBatch, num_items: int | None) -> torch.Tensor:
+        """Forward and backward of one micro-batch, its randomness a function of its place."""
+        trainer = self.trainer
+        if num_items == 0:
+            self._refuse_step_without_labels(micro_batch)
+            return torch.zeros((), device=trainer.args.device)
+        torch.manual_seed(derive_seed(trainer.args.seed, "model", micro_batch.epoch, micro_batch.number))
+        trainer.current_gradient_accumulation_steps = self.batches.current_size
+        share: torch.Tensor = trainer.run_training_step(micro_batch.inputs, num_items)
+        trainer.count_work(micro_batch.inputs)
+        return share
+
+    def _refuse_step_without_labels(self, micro_batch: MicroBatch) -> None:
+        step = self.trainer.state.global_step + 1
+        rows = ", ".join(map(str, self.batches.rows_of(micro_batch)[:16]))
+        where = f"step {step}" + (f" (rows {rows})" if rows else "")
+        if self.trainer.state.global_step == self.initial_global_step:
+            raise DataError(
+                f"every label of {where} is masked (-100), so there is nothing to learn from. Is the answer cut off by "
+                "the maximum length, or the response template not found?"
+            )
+        self.trainer.notices.say_once(f"{where}: every label is masked, so this step changes nothing")
+
+    def finish(self) -> TrainOutput:
+        return self.trainer.finish_training(self)
+
+
+class Update:
+    """One optimizer step and one step of the schedule."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def apply(self, step: Step) -> None:
+        trainer, events = self.run.trainer, self.run.events
+        events.fire("on_pre_optimizer_step")
+        stepped = self.run.scaler.step(trainer.optimizer)
+        events.fire("on_optimizer_step")
+        events.learning_rate = trainer._get_learning_rate()
+        if stepped and not trainer.schedule_follows_metric:
+            trainer.lr_scheduler.step()
+
+
+class Events:
+    """Tells callbacks what happens, and acts on what they ask for."""
+
+    def __init__(self, run: Run, *, trial: Any, ignore_keys_for_eval: list[str] | None) -> None:
+        self.run, self.trainer = run, run.trainer
+        self.trial, self.ignore_keys_for_eval = trial, ignore_keys_for_eval
+        self.learning_rate: float | None = None
+        self.epoch_ended = False
+        self.saved_at: tuple[int, bool] | None = None
+        self.pending: dict[str, bool] = {}
+
+    def control(self) -> Any:
+        return self.trainer.control
+
+    def fire(self, event: str) -> None:
+        trainer = self.trainer
+        trainer.control = getattr(trainer.callback_handler, event)(trainer.args, trainer.state, trainer.control)
+
+    def train_begin(self) -> None:
+        self.fire("on_train_begin")
+        if self.trainer.args.eval_on_start and self.trainer.state.global_step == 0:
+            self._act(lambda: self.trainer._evaluate(self.trial, self.ignore_keys_for_eval, skip_scheduler=True))
+        if any(self.pending.values()):  # an evaluation or save that a stop request cut short
+            for flag, is_set in self.pending.items():
+                setattr(self.trainer.control, flag, is_set)
+            self._log_save_evaluate(None)
+
+    def epoch_begin(self) -> None:
+        self.epoch_ended = False
+        self.fire("on_epoch_begin")
+
+    def step_begin(self, step: Step) -> None:
+        self.fire("on_step_begin")
+
+    def micro_batch_end(self, micro_batch: MicroBatch) -> None:
+        if not micro_batch.is_last:
+            self.fire("on_substep_end")
+
+    def step_end(self, step: Step, loss: torch.Tensor, norm: Any) -> None:
+        trainer, position = self.trainer, self.run.batches.position
+        trainer.add_training_loss(loss)
+        trainer.state.global_step = step.number
+        trainer.state.epoch = step.epoch + position.batches_done / self.run.plan.batches_per_epoch
+        self.fire("on_step_end")
+        if self.run.interrupts.checkpoint_requested():
+            trainer.control.should_save = True
+        self._log_save_evaluate(norm)
+
+    def epoch_end(self) -> None:
+        self.epoch_ended = True
+        self.fire("on_epoch_end")
+        self._log_save_evaluate(None)
+
+    def _log_save_evaluate(self, norm: Any) -> None:
+        trainer = self.trainer
+        self._act(
+            lambda: trainer.call_hook(
+                trainer._maybe_log_save_evaluate,
+                tr_loss=trainer._tr_loss,
+                grad_norm=norm,
+                model=trainer.model_wrapped,
+                trial=self.trial,
+                epoch=trainer.state.epoch,
+                ignore_keys_for_eval=self.ignore_keys_for_eval,
+                start_time=self.run.start_time,
+                learning_rate=self.learning_rate,
+            )
+        )
+        if self.run.interrupts.requested is not None:
+            self.stop_here()
+
+    def _act(self, action: Any) -> None:
+        try:
+            action()
+        except StopNow:
+            self.stop_here()
+
+    def stop_here(self) -> bool:
+        """Save where the run stands, unless that is done already, and leave.
+
+        Raises:
+            Interrupted: always.
+        """
+        trainer, interrupts = self.trainer, self.run.interrupts
+        step = trainer.state.global_step
+        control = trainer.control
+        self.pending = {"should_evaluate": control.should_evaluate, "should_save": control.should_save}
+        what = "nothing was trained yet"
+        if step > self.run.initial_global_step or step > 0:
+            if self.saved_at != (step, self.epoch_ended) or any(self.pending.values()):
+                trainer._save_checkpoint(trainer.model_wrapped, self.trial)
+            what = f"checkpoint-{step} is complete; resume_from_checkpoint=True goes on from there"
+        name = interrupts.requested.name if interrupts.requested is not None else "a stop request"
+        message = f"stopped by {name} after step {step}: {what}"
+        trainer.notices.say(message)
+        raise Interrupted(message, exit_code=interrupts.exit_code, step=step)

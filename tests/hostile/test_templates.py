@@ -1,0 +1,134 @@
+"""Chat templates that attack: each is stopped, by its kind of limit, and none reaches a file."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from etude.data import encode_row, encode_rows, read_rows
+from etude.data.templates import Chat, Refused, Rendered, renderer
+from etude.errors import DataError, ModelError
+
+CHAT = Chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+
+TIME, MEMORY, OUTPUT = "more than 1 s", "more than 256 MiB", "more than 1 MiB of text"
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}BODY{% endfor %}{% endfor %}"
+DOUBLING = "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}"
+
+HUGE = "{{ (messages[1].content * 10**10) | length }}"
+
+# What the worker survives, so that one worker is shown all of them.
+REFUSED = [
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    ("{{ raise_exception.__globals__['json'] }}", "unsafe"),
+    ("{{ cycler.__init__.__globals__.os.system('touch canary.txt') }}", "unsafe"),
+    ("{{ (1).__class__.__base__.__subclasses__()[99]('canary.txt', 'w') }}", "unsafe"),
+    ("{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}", "unsafe"),
+    ("{{ (messages | attr('__class__')).__mro__ }}", "unsafe"),
+    ("{{ messages.append(messages[0]) }}", "not safely callable"),
+    ("{% include '/etc/passwd' %}", "no loader"),
+    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "nests too deeply"),
+    ("{% for i in range(10**12) %}{% endfor %}", "Range too big"),
+    (HUGE, MEMORY),
+    (HUGE.replace("| length", "| list"), MEMORY),
+    (DOUBLING, MEMORY),
+    ("{{ messages[1].content * (3 * 10**6) }}", OUTPUT),
+    ("{{ messages[1].content * 10**5 }}" * 400, OUTPUT),
+]
+
+FATAL = [
+    ("nested loops with output", LOOP.replace("BODY", "x"), TIME),
+    ("nested loops in silence", LOOP.replace("BODY", ""), TIME),
+    ("a number without end", "{{ (10 ** (10 ** 9)) | string | length }}", TIME),
+    ("depth of the source", "{{ " + "(" * 100_000, "nests too deeply"),
+    ("ten gigabytes while compiling", "{{ 'a' * 10**10 }}", MEMORY),
+]
+
+
+def replies_to(template: str, chats: list[Chat]) -> list[Rendered | Refused]:
+    [replies] = renderer.render(template, {}, [chats])
+    return replies
+
+
+@pytest.mark.parametrize(("template", "said"), [case[1:] for case in FATAL], ids=[case[0] for case in FATAL])
+def test_attack_is_stopped_by_its_limit(template: str, said: str) -> None:
+    [reply] = replies_to(template, [CHAT])
+    assert isinstance(reply, Refused)
+    assert said in reply.reason and not reply.by_row
+
+
+def test_attack_is_refused_without_harm_to_the_rows_beside_it(tmp_path: Path) -> None:
+    branches = "".join(
+        f"{{% if messages[0].content == '{number}' %}}{attack}{{% endif %}}"
+        for number, (attack, _) in enumerate(REFUSED)
+    )
+    chats = [Chat([{"role": "user", "content": str(number)}, CHAT.messages[1]]) for number in range(len(REFUSED) + 1)]
+    *refused, harmless = replies_to(branches + "{{ messages[-1].content }}", chats)
+    for reply, (attack, said) in zip(refused, REFUSED, strict=True):
+        assert isinstance(reply, Refused) and said in reply.reason, attack
+    assert harmless == Rendered("b", [(0, 1)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    core = Tokenizer(models.WordLevel({"</s>": 0, "?": 1, "a": 2, "b": 3}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="?")
+
+
+def test_template_that_attacks_one_row_of_many_names_it_and_is_never_skipped(tokenizer: Any) -> None:
+    """A look at a sample of the rows would miss it."""
+    attack = "{% if messages[0].content == 'row 77' %}" + LOOP + "{% endif %}"
+    tokenizer.chat_template = attack + "{% for m in messages %}{{ m.content }} {% endfor %}"
+    rows = read_rows([{"prompt": f"row {number}", "completion": "b"} for number in range(100)])
+    with pytest.raises(ModelError, match=r"more than 1 s for one row \(at rows:78\)"):
+        encode_rows(rows, tokenizer, on_bad_row="skip")
+
+
+def test_the_next_template_works_after_an_attack(tokenizer: Any) -> None:
+    row = {"prompt": "a", "completion": "b"}
+    for template in ("{{ 'a' * 10**10 }}", LOOP):
+        with pytest.raises(ModelError):
+            encode_row(row, tokenizer, format="prompt_completion", max_length=None, template=template)
+    sound = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    encoded = encode_row(row, tokenizer, format="prompt_completion", max_length=None, template=sound)
+    assert encoded["input_ids"] == [2, 3, 0]
+
+
+def test_rows_of_many_megabytes_are_no_attack() -> None:
+    """The limits are for what the template adds, so that long rows need no other limits."""
+    long = Chat([{"role": "user", "content": "a" * (20 * 2**20)}, {"role": "assistant", "content": "b"}])
+    [reply] = replies_to("{% for m in messages %}{{ m.content }};{% endfor %}", [long])
+    assert isinstance(reply, Rendered)
+    assert len(reply.text) == 20 * 2**20 + 3
+
+
+def test_limits_hold_in_the_worker_only() -> None:
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_caller_that_leaves_early_gets_its_own_answers_next_time() -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+    def chats(first: int) -> list[list[Chat]]:
+        return [[Chat([{"role": "user", "content": f"{n} "}, CHAT.messages[1]])] for n in range(first, first + 4)]
+
+    for _ in renderer.render(template, {}, chats(0)):
+        break
+    texts = [reply.text for [reply] in renderer.render(template, {}, chats(4)) if isinstance(reply, Rendered)]
+    assert texts == ["4 b", "5 b", "6 b", "7 b"]
+
+
+def test_names_of_roles_and_text_of_rows_are_no_templates(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    row = {"prompt": "{{ 'a' * 10**10 }}", "completion": "{% for %}"}
+    encode_row(row, tokenizer, format="prompt_completion", max_length=None)
+    with pytest.raises(DataError, match="expected at least one token"):
+        encode_row(row, tokenizer, format="prompt_completion", max_length=2)
