@@ -21,3 +21,8 @@ def empty_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Run the test in a fresh folder, so that `./lora-output` of one test is never seen by another."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """peft asks transformers for an attribute that transformers has renamed; neither end is ours."""
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tiny import Padded, causal_lora, language_rows
-
 from etude import Trainer, TrainingArguments
+from tiny import Padded, causal_lora, language_rows
 
 # Keys of logs and metrics that hold wall-clock figures, which no two runs share.
 CLOCK = ("_runtime", "_per_second", "_preparation_time")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -133,7 +133,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def language_rows(num_rows: int, seed: int = 0, *, shortest: int = 4, longest: int = 14, masked: bool = True) -> list[Row]:
+def language_rows(
+    num_rows: int, seed: int = 0, *, shortest: int = 4, longest: int = 14, masked: bool = True
+) -> list[Row]:
     """Rows of ragged length; with `masked`, a prompt of at least one token carries no label."""
     draw = random.Random(seed)
     rows = []
@@ -162,7 +164,7 @@ def translation_rows(num_rows: int, seed: int = 0) -> list[Row]:
 class Padded:
     """A user's collator: pads every field to the longest row of the batch (or a multiple of `multiple`)."""
 
-    fill = {"input_ids": PAD, "attention_mask": 0, "labels": IGNORED}
+    fill: ClassVar = {"input_ids": PAD, "attention_mask": 0, "labels": IGNORED}
 
     def __init__(self, *, side: str = "right", multiple: int = 1) -> None:
         self.side, self.multiple = side, multiple

@@ -27,7 +27,7 @@ _HOMES = {
     "LoraConfig": "peft",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604, PLE0605
+__all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from peft import LoraConfig as LoraConfig

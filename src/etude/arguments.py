@@ -416,7 +416,8 @@ class TrainingArguments(GroupedSetters, metaclass=_AcceptsEveryName):
         default=False, metadata=_help("Let one process of every machine save, not only one in all.")
     )
     save_total_limit: int | None = field(
-        default=None, metadata=_help("Number of checkpoints kept besides the best; None or 0 keeps all.")
+        default=None,
+        metadata=_help("Checkpoints kept, older ones are deleted but never the best; None or 0 keeps all."),
     )
     enable_jit_checkpoint: bool = field(default=False, metadata=_help("No effect: a signal always saves a checkpoint."))
 

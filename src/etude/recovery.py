@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from etude.callbacks import TrainerState
+from etude.checkpoint import Checkpoint, CheckpointStore
 from etude.checkpoint.codec import load_tree, save_tree
 from etude.checkpoint.policy import steps_to_retire
 from etude.checkpoint.resume import PROGRESS, changes_since, refuse_fatal
-from etude.checkpoint.store import Checkpoint, CheckpointStore
 from etude.data.fingerprint import data_fingerprint
 from etude.errors import CheckpointError
 from etude.model.adapter import adapter_settings, base_fingerprint

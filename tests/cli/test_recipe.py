@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,7 @@ def test_set_reaches_every_setting() -> None:
         "max_steps": 7,
         "report_to": ["a", "b"],
     }
-    with pytest.raises(UnknownArgumentError, match="--set lora.x"):
+    with pytest.raises(UnknownArgumentError, match=r"--set lora\.x"):
         recipe.assign(given, "lora.x", "4")
 
 
@@ -138,7 +137,7 @@ def _written(text: str) -> Path:
     return path
 
 
-words = st.text(st.characters(codec="utf-8", exclude_characters="\0$`{%~", exclude_categories=["Cc", "Cs"]), min_size=1)
+words = st.text(st.characters(codec="utf-8", exclude_characters="\0$`{%~", exclude_categories=["Cs"]), min_size=1)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -264,4 +263,4 @@ def test_written_text_is_plain_where_it_can_be() -> None:
     text = recipe.written(replace(Recipe("./base", "rows.jsonl"), training={"learning_rate": 1e-5, "run_name": "1e-5"}))
     assert "model: ./base\n" in text
     assert "learning_rate: 1e-05\n" in text
-    assert f"run_name: {json.dumps('1e-5')}\n" in text
+    assert 'run_name: "1e-5"\n' in text

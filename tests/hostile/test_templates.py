@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ REFUSED = [
     ("{{ (1).__class__.__base__.__subclasses__()[99]('canary.txt', 'w') }}", "unsafe"),
     ("{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}", "unsafe"),
     ("{{ (messages | attr('__class__')).__mro__ }}", "unsafe"),
-    ("{{ messages.append(messages[0]) }}", "not safely callable"),
+    ("{{ messages.append(messages[0]) }}", "unsafe"),
     ("{% include '/etc/passwd' %}", "no loader"),
     ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "nests too deeply"),
     ("{% for i in range(10**12) %}{% endfor %}", "Range too big"),
@@ -93,9 +94,8 @@ def test_template_that_attacks_one_row_of_many_names_it_and_is_never_skipped(tok
 
 def test_the_next_template_works_after_an_attack(tokenizer: Any) -> None:
     row = {"prompt": "a", "completion": "b"}
-    for template in ("{{ 'a' * 10**10 }}", LOOP):
-        with pytest.raises(ModelError):
-            encode_row(row, tokenizer, format="prompt_completion", max_length=None, template=template)
+    with pytest.raises(ModelError, match=TIME):
+        encode_row(row, tokenizer, format="prompt_completion", max_length=None, template=LOOP)
     sound = "{% for m in messages %}{{ m.content }} {% endfor %}"
     encoded = encode_row(row, tokenizer, format="prompt_completion", max_length=None, template=sound)
     assert encoded["input_ids"] == [2, 3, 0]
@@ -132,3 +132,17 @@ def test_names_of_roles_and_text_of_rows_are_no_templates(tokenizer: Any) -> Non
     encode_row(row, tokenizer, format="prompt_completion", max_length=None)
     with pytest.raises(DataError, match="expected at least one token"):
         encode_row(row, tokenizer, format="prompt_completion", max_length=2)
+
+
+def test_forked_process_leaves_the_worker_to_its_parent() -> None:
+    """A dataset that tokenizes in the workers of a data loader must not mix its requests into the parent's."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    replies_to(template, [CHAT])
+    worker = renderer._worker
+    assert worker is not None
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if renderer._worker is None else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert worker.poll() is None and renderer._worker is worker
+    assert replies_to(template, [CHAT]) == [Rendered("ab", [(1, 2)])]

@@ -15,7 +15,9 @@ from etude.kernels.cross_entropy import CPU_ROWS_MAX, CPU_ROWS_MIN, default_rows
 N, D, V = 37, 19, 101
 
 
-def problem(num_rows: int = N, dtype: torch.dtype = torch.float64, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    num_rows: int = N, dtype: torch.dtype = torch.float64, spread: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     hidden = (torch.randn(num_rows, D, dtype=torch.float64) * spread).to(dtype).requires_grad_()
     weight = torch.randn(V, D, dtype=torch.float64).to(dtype)
@@ -23,7 +25,12 @@ def problem(num_rows: int = N, dtype: torch.dtype = torch.float64, spread: float
 
 
 def reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None, scale: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient in float64 from all logits at once."""
     hidden = hidden.detach().double().requires_grad_()

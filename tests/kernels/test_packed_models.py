@@ -36,7 +36,7 @@ from etude.model.paths import PackedPath, choose_path
 # What peft and transformers say of each other's older names; nothing of it is about packing.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing(_enable)?. is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from tiny import Padded, Row, Watched, adapter_of, distance
 
 import etude
+from tiny import Padded, Row, Watched, adapter_of, distance
 
 # transformers collects garbage at the start of every training; without the imported modules that is quick.
 gc.freeze()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import transformers
 from side_by_side import Run, assert_same_log, ours, theirs
+
 from tiny import causal_lora, language_rows
 
 EVENTS = (

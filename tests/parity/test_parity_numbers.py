@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from side_by_side import Run, assert_same_numbers, ours, theirs
+
 from tiny import (
     Padded,
     Row,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from short_run import short_trainer
-from tiny import IGNORED, StreamDataset, causal_lora, language_rows, tiny_llama, with_lora
 
 from etude import TrainerCallback, TrainingArguments
 from etude.errors import EtudeError
+from short_run import short_trainer
+from tiny import IGNORED, StreamDataset, causal_lora, language_rows, tiny_llama, with_lora
 
 
 class NoStep(TrainerCallback):
@@ -148,7 +148,7 @@ def test_a_model_without_an_adapter_trains_or_says_why() -> None:
     try:
         assert trainer.train().global_step == 1
     except EtudeError as error:
-        assert "get_peft_model" in str(error)  # noqa: PT017
+        assert "get_peft_model" in str(error)
 
 
 # Resuming from what does not fit

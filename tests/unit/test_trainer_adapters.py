@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
+
 from short_run import Scripted, checkpoints, short_trainer
 from tiny import (
     Padded,
@@ -61,7 +62,9 @@ def test_the_base_is_frozen_bit_for_bit(dtype: torch.dtype, fast_path: bool) -> 
         if name in frozen:
             assert parameter.dtype == frozen[name][0]
             assert torch.equal(parameter, frozen[name][1]), name
-    changed = [name for name, value in adapter_of(model).items() if not torch.equal(value.float(), before[name].float())]
+    changed = [
+        name for name, value in adapter_of(model).items() if not torch.equal(value.float(), before[name].float())
+    ]
     assert len(changed) == len(before)
 
 

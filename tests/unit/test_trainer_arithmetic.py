@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import pytest
-from short_run import logged, short_trainer
-from tiny import adapter_of, distance, language_rows
 
 from etude import TrainOutput
+from short_run import logged, short_trainer
+from tiny import adapter_of, distance, language_rows
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from short_run import Scripted, short_trainer
-from tiny import adapter_of, language_rows, same_bits
 
 from etude import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
+from short_run import Scripted, short_trainer
+from tiny import adapter_of, language_rows, same_bits
 
 EVAL_ROWS = language_rows(4, 50)
 

@@ -7,6 +7,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
+
 from short_run import logged, short_trainer
 from tiny import (
     IGNORED,
@@ -21,7 +23,6 @@ from tiny import (
     same_bits,
     tiny_tokenizer,
 )
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 ROWS = language_rows(10)
 
@@ -89,9 +90,7 @@ def test_collators_of_transformers() -> None:
     unmasked = language_rows(10, masked=False)
     for_causal = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     without_labels = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in unmasked]
-    assert same_bits(
-        adapter_of(trained(without_labels, collate=for_causal).model), adapter_of(trained(unmasked).model)
-    )
+    assert same_bits(adapter_of(trained(without_labels, collate=for_causal).model), adapter_of(trained(unmasked).model))
 
 
 def test_a_tokenizer_is_enough_to_pad_rows_without_labels() -> None:
@@ -99,9 +98,7 @@ def test_a_tokenizer_is_enough_to_pad_rows_without_labels() -> None:
     trainer.data_collator = None
     from etude import Trainer
 
-    trainer = Trainer(
-        model=causal_lora(), args=trainer.args, train_dataset=ROWS, processing_class=tiny_tokenizer()
-    )
+    trainer = Trainer(model=causal_lora(), args=trainer.args, train_dataset=ROWS, processing_class=tiny_tokenizer())
     assert isinstance(trainer.data_collator, DataCollatorWithPadding)
 
 
@@ -133,9 +130,7 @@ def test_padding_rows_of_a_collator_do_not_train() -> None:
     def collate(rows: Any) -> dict[str, torch.Tensor]:
         batch = Padded()(rows)
         fill = {"input_ids": PAD, "attention_mask": 0, "labels": IGNORED}
-        return {
-            name: torch.cat([value, torch.full_like(value[:1], fill[name])]) for name, value in batch.items()
-        }
+        return {name: torch.cat([value, torch.full_like(value[:1], fill[name])]) for name, value in batch.items()}
 
     assert logged(trained(ROWS, collate=collate), "loss") == pytest.approx(logged(trained(ROWS), "loss"), rel=1e-5)
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from short_run import Scripted, logged, short_trainer
-from tiny import IGNORED, Padded, V, adapter_of, causal_lora, language_rows, same_bits, tiny_llama, with_lora
 
 from etude import EvalPrediction, PredictionOutput, TrainerCallback
+from short_run import Scripted, logged, short_trainer
+from tiny import IGNORED, Padded, V, adapter_of, causal_lora, language_rows, same_bits, tiny_llama, with_lora
 
 EVAL_ROWS = language_rows(13, 50)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from short_run import logged, short_trainer
-from tiny import causal_lora, language_rows
 
 from etude import TrainerCallback
+from short_run import logged, short_trainer
+from tiny import causal_lora, language_rows
 
 
 class Precision(TrainerCallback):

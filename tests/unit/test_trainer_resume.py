@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from short_run import Scripted, checkpoints, logged, short_trainer, without_clock
-from tiny import ListDataset, StreamDataset, adapter_of, language_rows, same_bits, tiny_llama, with_lora
 
 from etude import EarlyStoppingCallback, TrainerCallback
+from short_run import Scripted, checkpoints, logged, short_trainer, without_clock
+from tiny import ListDataset, StreamDataset, adapter_of, language_rows, same_bits, tiny_llama, with_lora
 
 ROWS = language_rows(10)
 EVAL_ROWS = language_rows(4, 50)
@@ -35,7 +35,7 @@ def resume(step: int | str | bool, **settings: Any) -> Any:
     """A new trainer, with another adapter at first and the global random states astray, goes on from `step`."""
     torch.manual_seed(999)
     random.seed(999)
-    np.random.seed(999)  # noqa: NPY002
+    np.random.seed(999)
     trainer = build(**({"model_seed": 5} | settings))
     trainer.output = trainer.train(
         resume_from_checkpoint=f"out/checkpoint-{step}" if type(step) is int else step  # True is no step

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+
 from short_run import Scripted, checkpoints, logged, short_trainer
 from tiny import adapter_of, language_rows, same_bits
 

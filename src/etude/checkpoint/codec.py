@@ -149,13 +149,13 @@ def _listed(names: list[str]) -> str:
 
 def random_tree() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators, on every device in use."""
-    numpy_state = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state()
     tree: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (numpy_state[0], np.asarray(numpy_state[1]).astype(np.int64), *numpy_state[2:]),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         tree["cuda"] = torch.cuda.get_rng_state_all()
     return tree
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from etude.checkpoint.store import Checkpoint, CheckpointStore
+from etude.checkpoint import Checkpoint, CheckpointStore
 from etude.errors import CheckpointError
 
 PROGRESS = "etude"

@@ -53,7 +53,8 @@ def batch_sizes(
         return per_device, accumulation
     wanted = global_batch_size or GLOBAL_BATCH_SIZE
     unit = num_processes * (per_device or 1) * (accumulation or 1)
-    missing = max(1, wanted // unit)
+    both_said = per_device is not None and accumulation is not None
+    missing = 1 if both_said else max(1, wanted // unit)
     if global_batch_size is not None and missing * unit != global_batch_size:
         raise ConfigError(
             f"{global_batch_size} rows cannot be dealt evenly to {num_processes} processes with "

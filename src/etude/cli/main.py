@@ -46,11 +46,12 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     try:
         return int(app(given or ["--help"], prog_name="etude", standalone_mode=False) or 0)
-    except (EtudeError, USAGE_ERROR, typer.Abort, KeyboardInterrupt) as error:
+    except (EtudeError, Interrupted, USAGE_ERROR, typer.Abort, KeyboardInterrupt) as error:
         if debug:
             raise
-        typer.secho(f"error: {one_line(error)}", fg=typer.colors.RED, err=True)
-        return exit_code(error)
+        code = exit_code(error)
+        typer.secho(f"{'stopped' if code >= 128 else 'error'}: {one_line(error)}", fg=typer.colors.RED, err=True)
+        return code
 
 
 def with_dashes(words: Sequence[str]) -> list[str]:
@@ -71,4 +72,4 @@ def exit_code(error: BaseException) -> int:
 def one_line(error: BaseException) -> str:
     """An error's message on one line."""
     message = error.format_message() if hasattr(error, "format_message") else str(error)
-    return " ".join(message.split()) or "interrupted"
+    return " ".join(message.split()) or "by the keyboard"

@@ -180,6 +180,11 @@ class TrainingStream:
         return dataset if hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict") else None
 
     def _set_epoch(self, epoch: int) -> None:
-        for owner in (self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "dataset", None)):
+        owners: tuple[Any, ...] = (
+            self.loader,
+            getattr(self.loader, "sampler", None),
+            getattr(self.loader, "dataset", None),
+        )
+        for owner in owners:
             if hasattr(owner, "set_epoch"):
                 owner.set_epoch(epoch)

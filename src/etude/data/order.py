@@ -25,7 +25,7 @@ def length_grouped_order(lengths: Sequence[int], group_size: int, seed: int, epo
     """
     order = random_order(len(lengths), seed, epoch)
     length_of = torch.as_tensor(lengths, dtype=torch.int64)
-    pools = order.split(group_size * min(50, max(1, len(lengths) // (group_size * 4))))
+    pools = torch.split(order, group_size * min(50, max(1, len(lengths) // (group_size * 4))))
     ordered = [pool[torch.argsort(length_of[pool], descending=True, stable=True)] for pool in pools]
     longest = max(range(len(ordered)), key=lambda i: int(length_of[ordered[i][0]]), default=0)
     ordered.insert(0, ordered.pop(longest)) if ordered else None

@@ -26,26 +26,50 @@ OnBadRow = Literal["stop", "skip"]
 IN_MEMORY = "rows"  # the file name of rows that came from a list
 
 
+class Origins:
+    """The file and line of every row, in 16 bytes for each."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files = list(files)
+        self._file_of_row = array("L")
+        self._line_of_row = array("Q")
+
+    def append(self, file: int, line: int) -> None:
+        """Add a row that came from line `line` of `files[file]`."""
+        self._file_of_row.append(file)
+        self._line_of_row.append(line)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The number of the file, and the line, of row `index`."""
+        return self._file_of_row[index], self._line_of_row[index]
+
+    def at(self, index: int) -> tuple[str, int]:
+        """The file and the line (from 1) of row `index`."""
+        file, line = self.place(index)
+        return self.files[file], line
+
+    def subset(self, indices: Iterable[int]) -> Origins:
+        """The origins of the rows at `indices`, in that order."""
+        chosen = Origins(self.files)
+        for index in indices:
+            chosen.append(*self.place(index))
+        return chosen
+
+
 class RowSet(Sequence[Row]):
     """Checked rows of one format, each with its origin.
 
     Attributes:
         format: a name of `FORMATS`.
+        origins: where every row came from.
         rejected: one `DataError` for each row that was skipped (`on_bad_row="skip"`), in reading order.
     """
 
-    def __init__(self, format: str, files: Sequence[str]) -> None:
+    def __init__(self, format: str, rows: list[Row], origins: Origins) -> None:
         self.format = format
+        self.origins = origins
         self.rejected: list[DataError] = []
-        self._files = list(files)
-        self._rows: list[Row] = []
-        self._file_of_row = array("L")
-        self._line_of_row = array("Q")
-
-    def _append(self, row: Row, file: int, line: int) -> None:
-        self._rows.append(row)
-        self._file_of_row.append(file)
-        self._line_of_row.append(line)
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -64,18 +88,16 @@ class RowSet(Sequence[Row]):
 
     def origin(self, index: int) -> tuple[str, int]:
         """The file and the line (from 1; the row number in Parquet files and lists) that row `index` came from."""
-        return self._files[self._file_of_row[index]], self._line_of_row[index]
+        return self.origins.at(index)
 
-    def subset(self, indices: Iterable[int]) -> RowSet:
+    def subset(self, indices: Sequence[int]) -> RowSet:
         """The rows at `indices`, in that order, with their origins."""
-        chosen = RowSet(self.format, self._files)
-        for index in indices:
-            chosen._append(self._rows[index], self._file_of_row[index], self._line_of_row[index])
-        return chosen
+        return RowSet(self.format, [self._rows[index] for index in indices], self.origins.subset(indices))
 
     def describe(self) -> str:
         """One line for the start screen: `999 rows from train.jsonl, format 'alpaca' (instruction + output)`."""
-        files = self._files[0] if len(self._files) == 1 else f"{len(self._files)} files"
+        names = self.origins.files
+        files = names[0] if len(names) == 1 else f"{len(names)} files"
         skipped = f", {len(self.rejected)} bad rows skipped" if self.rejected else ""
         fields = " + ".join(FORMATS[self.format].required)
         return f"{len(self)} rows from {files}, format '{self.format}' ({fields}){skipped}"
@@ -106,13 +128,14 @@ def read_rows(source: Source, on_bad_row: OnBadRow = "stop", format: str | None 
         files = {IN_MEMORY: (Record(number, row) for number, row in enumerate(source, start=1))}
     else:
         files = {str(file): _records_of(file) for file in _files_of(source)}  # type: ignore[arg-type]
-    rows = RowSet(format or "", list(files))
+    rows = RowSet(format or "", [], Origins(list(files)))
     for index, record in ((index, record) for index, records in enumerate(files.values()) for record in records):
         problem = _problem(record, rows)
         if problem is None:
-            rows._append(record.value, index, record.line)
+            rows._rows.append(record.value)
+            rows.origins.append(index, record.line)
             continue
-        error = DataError(problem.message, file=rows._files[index], line=record.line, field=problem.field)
+        error = DataError(problem.message, file=rows.origins.files[index], line=record.line, field=problem.field)
         if on_bad_row == "stop":
             raise error
         rows.rejected.append(error)
@@ -176,8 +199,8 @@ def split_by_hash(rows: RowSet, fraction: float, seed: int = 0) -> tuple[RowSet,
     if not 0 <= fraction < 1:
         raise ConfigError(f"expected a share of at least 0 and below 1, got {fraction}", field="fraction")
     held_out = [_hash_share(row, seed) < fraction for row in rows]
-    train = rows.subset(index for index, is_held_out in enumerate(held_out) if not is_held_out)
-    return train, rows.subset(index for index, is_held_out in enumerate(held_out) if is_held_out)
+    train = rows.subset([index for index, is_held_out in enumerate(held_out) if not is_held_out])
+    return train, rows.subset([index for index, is_held_out in enumerate(held_out) if is_held_out])
 
 
 def _hash_share(row: Row, seed: int) -> float:

@@ -169,7 +169,13 @@ def _limit_memory(request_bytes: int) -> None:
     if in_use is not None:
         # The row itself may be large; what the template needs on top of a few copies of it counts.
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (in_use + MAX_MEMORY_BYTES + 8 * request_bytes, hard))
+        soft = in_use + MAX_MEMORY_BYTES + 8 * request_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def _lift_memory_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
 
 def _serve(requests: Iterator[bytes], replies: BinaryIO) -> None:
@@ -184,7 +190,7 @@ def _serve(requests: Iterator[bytes], replies: BinaryIO) -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
             replies.write(json.dumps(reply).encode() + b"\n")
             replies.flush()
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        _lift_memory_limit()
 
 
 def main() -> None:

@@ -47,6 +47,7 @@ class BoundedRenderer:
     def __init__(self) -> None:
         self._worker: subprocess.Popen[bytes] | None = None
         self._num_unanswered = 0
+        self._at_exit: weakref.finalize[..., BoundedRenderer] | None = None
 
     def render(
         self, template: str, variables: Mapping[str, Any], chunks: Iterable[list[Chat]]
@@ -76,8 +77,15 @@ class BoundedRenderer:
 
     def close(self) -> None:
         """End the worker; the next use starts another."""
-        if self._worker is not None:
-            self._finalizer()
+        if self._at_exit is not None:
+            self._at_exit()
+        self._worker, self._num_unanswered = None, 0
+
+    def forget(self) -> None:
+        """In a forked process: the worker, and the pipes to it, are the parent's."""
+        if self._worker is not None and self._at_exit is not None:
+            self._at_exit.detach()
+            self._worker.returncode = 0  # nothing to wait for here
         self._worker, self._num_unanswered = None, 0
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -89,7 +97,7 @@ class BoundedRenderer:
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        self._finalizer = weakref.finalize(self, _end, worker)
+        self._at_exit = weakref.finalize(self, _end, worker)
         return worker
 
     def _send(self, request: dict[str, Any]) -> None:
@@ -136,3 +144,4 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
 
 
 renderer = BoundedRenderer()
+os.register_at_fork(after_in_child=renderer.forget)

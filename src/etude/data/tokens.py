@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from etude.data.chat import TrainOn, render_rows, special_tokens, template_of
 from etude.data.formats import Row
-from etude.data.rows import OnBadRow, RowSet
+from etude.data.rows import OnBadRow, Origins, RowSet
 from etude.data.templates import Refused, Rendered
 from etude.errors import ConfigError, DataError, ModelError
 
@@ -70,29 +70,26 @@ class TokenizedRows(Sequence[dict[str, list[int]]]):
         statistics: see `Statistics`.
     """
 
-    def __init__(self, rows: RowSet) -> None:
+    def __init__(self, files: Sequence[str]) -> None:
         self.rejected: list[DataError] = []
-        self._rows = rows
-        self._index_of_row = array("L")
+        self._origins = Origins(files)  # and not the rows: their text need not stay in memory
         self._ends = array("Q", [0])
         self._input_ids = array("i")
         self._labels = array("i")
-        self._supervised_tokens = self._cut_off = self._longest = 0
-        self._digests: set[bytes] = set()
+        self._supervised_tokens = self._cut_off = self._longest = self._duplicates = 0
 
-    def _append(self, index: int, encoded: Encoded) -> None:
-        self._index_of_row.append(index)
-        ids, labels = array("i", encoded.input_ids), array("i", encoded.labels)
-        self._input_ids.extend(ids)
-        self._labels.extend(labels)
+    def _append(self, encoded: Encoded, file: int, line: int, *, is_duplicate: bool) -> None:
+        self._origins.append(file, line)
+        self._input_ids.extend(encoded.input_ids)
+        self._labels.extend(encoded.labels)
         self._ends.append(len(self._input_ids))
         self._supervised_tokens += encoded.num_supervised
         self._cut_off += encoded.was_cut
-        self._longest = max(self._longest, len(ids))
-        self._digests.add(hashlib.sha256(ids.tobytes() + labels.tobytes()).digest())
+        self._longest = max(self._longest, len(encoded.input_ids))
+        self._duplicates += is_duplicate
 
     def __len__(self) -> int:
-        return len(self._index_of_row)
+        return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:  # type: ignore[override]
         if index < 0:
@@ -104,7 +101,7 @@ class TokenizedRows(Sequence[dict[str, list[int]]]):
 
     def origin(self, index: int) -> tuple[str, int]:
         """The file and line that row `index` came from."""
-        return self._rows.origin(self._index_of_row[index])
+        return self._origins.at(index)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -121,7 +118,7 @@ class TokenizedRows(Sequence[dict[str, list[int]]]):
             supervised_tokens=self._supervised_tokens,
             longest=self._longest,
             cut_off=self._cut_off,
-            duplicates=len(self) - len(self._digests),
+            duplicates=self._duplicates,
         )
 
 
@@ -171,11 +168,15 @@ def encode_rows(
     """
     if max_length is not None and max_length < 2:
         raise ConfigError(f"expected at least 2 tokens, got {max_length}", field="max_length")
-    tokenized = TokenizedRows(rows)
+    tokenized = TokenizedRows(rows.origins.files)
+    seen: set[bytes] = set()
     for index, encoded in enumerate(_encoded(rows, tokenizer, rows.format, max_length, template, train_on)):
         error = _error_of(encoded, max_length, rows.origin(index))
         if error is None:
-            tokenized._append(index, encoded)  # type: ignore[arg-type]
+            assert isinstance(encoded, Encoded)
+            digest = hashlib.sha256(repr((encoded.input_ids, encoded.labels)).encode()).digest()
+            tokenized._append(encoded, *rows.origins.place(index), is_duplicate=digest in seen)
+            seen.add(digest)
         elif isinstance(error, ModelError) or on_bad_row == "stop":
             raise error
         else:

@@ -48,7 +48,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, sum(p.numel() for p in model.parameters())
 
 
-def adapter_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
+def adapter_settings(model: Any) -> dict[str, dict[str, Any]]:
     """For each adapter of a PEFT model, the settings that decide its shape and scale, as plain JSON values."""
     if not is_peft(model):
         return {}
@@ -91,7 +91,7 @@ def _without_wrappers(name: str) -> str:
     return name.replace("base_model.model.", "").replace(".base_layer", "")
 
 
-def uncovered_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+def uncovered_parameters(model: Any) -> dict[str, torch.Tensor]:
     """Trainable parameters that no adapter file holds."""
     if not is_peft(model):
         return {}
@@ -111,7 +111,7 @@ def uncovered_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _saves_embeddings(model: nn.Module) -> bool:
+def _saves_embeddings(model: Any) -> bool:
     """Whole embeddings belong into an adapter file only where they are trained; asking a hub is never needed."""
     layers = [model.get_input_embeddings()] if hasattr(model, "get_input_embeddings") else []
     if hasattr(model, "get_output_embeddings"):
@@ -124,7 +124,7 @@ def _saves_embeddings(model: nn.Module) -> bool:
     )
 
 
-def save_weights(model: nn.Module, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+def save_weights(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """Write what was trained into `folder`: adapter files for a PEFT model, the whole model otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     if is_peft(model):
@@ -227,6 +227,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(str(file))
+        tensors: dict[str, torch.Tensor] = load_file(str(file))
+        return tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot be read as safetensors: {error}", path=file) from error

@@ -89,7 +89,7 @@ def read_loss(outputs: Any) -> torch.Tensor:
 
 
 def smoothed_loss(
-    outputs: Any, labels: torch.Tensor, *, epsilon: float, shift: bool, num_items: int | None
+    outputs: Any, labels: torch.Tensor, *, epsilon: float, shift: bool, num_items: torch.Tensor | int | None
 ) -> torch.Tensor:
     """Cross entropy against labels smoothed by `epsilon` (Szegedy et al., arXiv 1512.00567, section 7).
 

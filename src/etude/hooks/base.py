@@ -1,0 +1,136 @@
+"""What every group of hooks can rely on: the parts that `Trainer` puts together, and calling an overridden method."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from etude.arguments import TrainingArguments
+    from etude.callbacks import CallbackHandler, TrainerControl, TrainerState
+    from etude.notices import Notices
+    from etude.precision import Precision
+    from etude.recovery import SaveAttempts
+    from etude.run import Run
+
+
+class Composition:
+    """The attributes of a trainer. `Trainer.__init__` sets every one of them."""
+
+    args: TrainingArguments
+    model: Any
+    model_wrapped: Any
+    """The model as the loop calls it; the same object as `model` in a single process."""
+    processing_class: Any
+    data_collator: Any
+    train_dataset: Any
+    eval_dataset: Any
+    model_init: Callable[..., nn.Module] | None
+    compute_loss_func: Callable[..., torch.Tensor] | None
+    compute_metrics: Callable[..., dict[str, Any]] | None
+    preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None
+    optimizer: Any
+    optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None
+    lr_scheduler: Any
+    state: TrainerState
+    control: TrainerControl
+    callback_handler: CallbackHandler
+    notices: Notices
+    precision: Precision
+    is_in_train: bool
+    is_model_parallel: bool
+    place_model_on_device: bool
+
+    label_names: list[str]
+    can_return_loss: bool
+    model_accepts_loss_kwargs: bool
+    shifts_labels: bool
+    loss_is_scaled_for_ga: bool | None
+    current_gradient_accumulation_steps: int
+    overridden: tuple[str, ...]
+    """Overridden methods that see batches or losses, so that the general path is taken."""
+    path: Any
+    """How a micro-batch is computed; None until the first one has been seen."""
+    cut: dict[str, Any]
+    """How a step is cut into micro-batches, as recorded in checkpoints."""
+    run_record: dict[str, Any]
+    """What a checkpoint records of the run."""
+    current_flos: float
+
+    _run: Run | None
+    _save_attempts: SaveAttempts
+    _divides_by_items: bool | None
+    _given_optimizer: bool
+    _given_scheduler: bool
+    _signature_columns: list[str] | None
+    _flops_per_token: int
+    _tr_loss: torch.Tensor
+    _total_loss_scalar: float
+    _globalstep_last_logged: int
+
+    if TYPE_CHECKING:  # methods of one group that another calls
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None: ...
+        def store_flos(self) -> None: ...
+        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any: ...
+        def get_test_dataloader(self, test_dataset: Any) -> Any: ...
+        def compute_loss_context_manager(self) -> AbstractContextManager[Any]: ...
+        def _prepare_inputs(self, inputs: Any) -> Any: ...
+        def items_tensor(self, num_items: int | None) -> torch.Tensor | None: ...
+        def compute_loss(
+            self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any: ...
+        def _get_learning_rate(self) -> float: ...
+        def _evaluate(
+            self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+        ) -> dict[str, float]: ...
+        def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool: ...
+        def _save_checkpoint(self, model: nn.Module, trial: Any) -> None: ...
+        def is_local_process_zero(self) -> bool: ...
+        def is_world_process_zero(self) -> bool: ...
+
+    def call_hook(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method that a subclass may have overridden, with those keyword arguments that it accepts."""
+        return method(*args, **{name: value for name, value in kwargs.items() if accepts(method, name)})
+
+    @property
+    def schedule_follows_metric(self) -> bool:
+        """Whether the learning rate is stepped at evaluations, not at updates."""
+        return isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) or (
+            type(self.lr_scheduler).__name__ == "GreedyLR"
+        )
+
+    def filters_nonfinite_by_request(self) -> bool:
+        """Whether the caller asked, in so many words, to go on past non-finite losses."""
+        return "logging_nan_inf_filter" in self.args.explicit and bool(self.args.logging_nan_inf_filter)
+
+
+def is_overridden(trainer: Composition, name: str) -> bool:
+    """Whether a subclass, or an assignment on the instance, replaced etude's own method."""
+    from etude.trainer import Trainer
+
+    return getattr(type(trainer), name, None) is not getattr(Trainer, name, None) or name in vars(trainer)
+
+
+def accepts(method: Callable[..., Any], name: str) -> bool:
+    """Whether `method` can be called with the keyword `name`."""
+    parameters = inspect.signature(method).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def as_tuple(inputs: Any) -> tuple[Any, ...]:
+    return tuple(inputs) if isinstance(inputs, (list, tuple)) else (inputs,)
+
+
+def speed_metrics(prefix: str, seconds: float, num_samples: float, num_steps: int) -> dict[str, float]:
+    """`{prefix}_runtime` in seconds, `{prefix}_samples_per_second` and `{prefix}_steps_per_second`."""
+    metrics = {f"{prefix}_runtime": round(seconds, 4)}
+    if seconds > 0:
+        metrics[f"{prefix}_samples_per_second"] = round(num_samples / seconds, 3)
+        metrics[f"{prefix}_steps_per_second"] = round(num_steps / seconds, 3)
+    return metrics

@@ -1,0 +1,146 @@
+"""Hooks of one micro-batch: batch to device, forward, loss, backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from etude.data.batching import count_items
+from etude.errors import DataError
+from etude.hooks.base import Composition, accepts, as_tuple
+from etude.model import loss as model_loss
+
+
+class ForwardHooks(Composition):
+    """The forward and backward pass, on the path decided on the first batch."""
+
+    def run_training_step(self, inputs: Any, num_items: int | None) -> torch.Tensor:
+        """One micro-batch through `training_step`, on the path decided on the first one."""
+        if self.path is None:
+            self._choose_path(inputs)
+        share: torch.Tensor = self.call_hook(
+            self.training_step, self.model_wrapped, inputs, num_items_in_batch=self.items_tensor(num_items)
+        )
+        return share
+
+    def items_tensor(self, num_items: int | None) -> torch.Tensor | None:
+        return None if num_items is None else torch.tensor(num_items, device=self.args.device)
+
+    def _choose_path(self, inputs: Any) -> None:
+        from etude.model.paths import choose_path
+
+        overridden = self.overridden + (("compute_loss_func",) if self.compute_loss_func is not None else ())
+        overridden += ("label_smoothing_factor",) if self.args.label_smoothing_factor else ()
+        on_device = self._prepare_inputs(inputs)
+        self.path = choose_path(
+            self.model,
+            fast_path=self.args.fast_path,
+            overridden=overridden,
+            sample_inputs=dict(on_device) if isinstance(on_device, Mapping) else {},
+            training_dtype=self.precision.autocast_dtype,
+        )
+        self.cut["path"] = self.path.name
+        self.notices.say(f"{self.path.name} path: {'; '.join(self.path.reasons)}")
+        if self.path.name == "general" and self._divides_by_items is None:
+            self._divides_by_items = model_loss.divides_by_num_items(self.model, on_device, self.precision.autocast())
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its share of the step's loss, detached."""
+        model.train()
+        for_training = getattr(self.optimizer, "train", None)
+        if callable(for_training):
+            for_training()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            if self.path is not None and self.path.name == "packed" and num_items_in_batch is not None:
+                loss = self.path.loss(model, inputs, num_items_in_batch)
+            else:
+                loss = self._general_loss(model, inputs, num_items_in_batch)
+        assert self._run is not None
+        torch.autograd.backward(self._run.scaler.scale(loss))
+        if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
+            _empty_device_cache(self.args.device)
+        detached: torch.Tensor = loss.detach()
+        return detached
+
+    def _general_loss(self, model: nn.Module, inputs: Any, num_items: Any) -> torch.Tensor:
+        loss: torch.Tensor = self.call_hook(self.compute_loss, model, inputs, num_items_in_batch=num_items)
+        if "compute_loss" not in self.overridden:
+            return loss if num_items is not None else loss / self.current_gradient_accumulation_steps
+        is_scaled = self.loss_is_scaled_for_ga
+        if is_scaled is None:
+            sees_items = accepts(self.compute_loss, "num_items_in_batch")
+            is_scaled = self.model_accepts_loss_kwargs and num_items is not None and sees_items
+        return loss if is_scaled else loss / self.current_gradient_accumulation_steps
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one batch: its mean, or with `num_items_in_batch` its sum over items divided by that number."""
+        labels = None
+        own_loss = self.args.label_smoothing_factor != 0 or self.compute_loss_func is not None
+        num_items = count_items(inputs, shifts_labels=self.shifts_labels)
+        if own_loss and isinstance(inputs, Mapping) and "labels" in inputs:
+            labels = inputs["labels"]
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        extra = {}
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs and self._divides_by_items is not False:
+            extra["num_items_in_batch"] = num_items_in_batch
+        outputs = model(**inputs, **extra) if isinstance(inputs, Mapping) else model(*as_tuple(inputs))
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+        elif labels is not None:
+            loss = model_loss.smoothed_loss(
+                outputs,
+                labels,
+                epsilon=self.args.label_smoothing_factor,
+                shift=self.shifts_labels,
+                num_items=num_items_in_batch,
+            )
+        else:
+            loss = model_loss.read_loss(outputs)
+            if num_items_in_batch is not None and not extra and num_items is not None:
+                loss = loss * (num_items / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+        return self.autocast_smart_context_manager()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        return self.precision.autocast()
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Tensors of a batch, however nested, on the device of the run."""
+        prepared = self._prepare_input(inputs)
+        if isinstance(prepared, Mapping) and len(prepared) == 0:
+            raise DataError(
+                "the collator returned an empty batch: none of the dataset's columns is an argument of the model's "
+                f"forward, which takes {', '.join(self._signature_columns or [])}"
+            )
+        return prepared
+
+    def _prepare_input(self, data: Any) -> Any:
+        if torch.is_tensor(data):
+            return data.to(self.args.device, non_blocking=True)
+        if isinstance(data, Mapping):
+            return type(data)({key: self._prepare_input(value) for key, value in data.items()})  # type: ignore[call-arg]
+        if isinstance(data, (tuple, list)):
+            return type(data)(self._prepare_input(value) for value in data)
+        return data
+
+
+def _empty_device_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
