@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +21,7 @@ from etude.data.batching import StepBatches
 from etude.data.collate import default_collator
 from etude.data.loader import TrainingStream
 from etude.errors import ConfigError, DataError, Interrupted
-from etude.hooks.base import is_overridden
+from etude.hooks.base import is_overridden, speed_metrics
 from etude.hooks.checkpoints import CheckpointHooks
 from etude.hooks.data import DataHooks
 from etude.hooks.evaluation import EvaluationHooks

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import IGNORED, Batch, Padded, language_rows, tiny_gemma3, tiny_llama, tiny_qwen3, with_lora
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
@@ -15,6 +14,7 @@ from etude.kernels.attention import FLEX, PER_SEQUENCE, VARLEN, AttentionRule, S
 from etude.kernels.cross_entropy import linear_cross_entropy
 from etude.model.packing import pack
 from etude.model.paths import GeneralPath, PackedPath, choose_path
+from tiny import IGNORED, Batch, Padded, language_rows, tiny_gemma3, tiny_llama, tiny_qwen3, with_lora
 
 pytestmark = [
     pytest.mark.gpu,

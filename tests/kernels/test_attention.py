@@ -127,7 +127,7 @@ def test_mixed_types_meet_in_the_autocast_type() -> None:
     ],
 )
 def test_a_kernel_refuses_what_it_cannot_do(kernel: str, rule: Any) -> None:
-    with pytest.raises(ModelError, match="without|no logit cap"):
+    with pytest.raises(ModelError, match=r"without|no logit cap"):
         segment_attention(*packed_row(), segments_of(LENGTHS, kernel), rule)
 
 

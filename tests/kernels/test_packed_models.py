@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DECODER, IGNORED, Batch, Padded, Row, V, language_rows, tiny_gemma3, tiny_llama, tiny_qwen3, with_lora
 from torch import Tensor, nn
 from transformers import (
     CohereConfig,
@@ -32,6 +31,7 @@ from transformers import (
 from etude.errors import DataError
 from etude.model.packing import pack
 from etude.model.paths import PackedPath, choose_path
+from tiny import DECODER, IGNORED, Batch, Padded, Row, V, language_rows, tiny_gemma3, tiny_llama, tiny_qwen3, with_lora
 
 # What peft and transformers say of each other's older names; nothing of it is about packing.
 pytestmark = [

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from tiny import IGNORED, Batch, Padded, causal_lora, language_rows, tiny_bert, tiny_gemma3, tiny_llama, tiny_t5
+from peft import AdaLoraConfig, LoHaConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from etude.model.capabilities import head_obstacle, missing_capabilities, read_head
 from etude.model.paths import GeneralPath, PackedPath, choose_path, probe_batch
+from tiny import IGNORED, Batch, Padded, causal_lora, language_rows, tiny_bert, tiny_gemma3, tiny_llama, tiny_t5
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -89,7 +89,7 @@ def test_adapters_that_add_tokens(config: Any) -> None:
 
 
 def test_other_adapters_are_welcome() -> None:
-    config = AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=10, tinit=1, tfinal=1)
+    config = LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     assert decide(get_peft_model(tiny_llama(), config)).name == "packed"
     assert decide(causal_lora(use_dora=True)).name == "packed"
 
@@ -193,6 +193,11 @@ class SmoothedLlama(LlamaForCausalLM):
 
 def test_a_model_with_a_loss_of_its_own() -> None:
     assert "packed and padded loss differ" in reason_against(SmoothedLlama(tiny_llama().config))
+
+
+def test_an_adapter_with_a_term_of_its_own_in_the_loss() -> None:
+    config = AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=10, tinit=1, tfinal=1)
+    assert "packed and padded loss differ" in reason_against(get_peft_model(tiny_llama(), config))
 
 
 class ScaledLlama(LlamaForCausalLM):

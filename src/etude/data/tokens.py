@@ -35,7 +35,8 @@ class Encoded(NamedTuple):
     @property
     def num_supervised(self) -> int:
         """Labels that count in the loss: the first token of a row is predicted from nothing."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        predicted = self.labels[1:]
+        return len(predicted) - predicted.count(IGNORED)
 
 
 class Statistics(NamedTuple):
@@ -174,7 +175,7 @@ def encode_rows(
         error = _error_of(encoded, max_length, rows.origin(index))
         if error is None:
             assert isinstance(encoded, Encoded)
-            digest = hashlib.sha256(repr((encoded.input_ids, encoded.labels)).encode()).digest()
+            digest = hashlib.sha256(array("i", encoded.input_ids + encoded.labels).tobytes()).digest()
             tokenized._append(encoded, *rows.origins.place(index), is_duplicate=digest in seen)
             seen.add(digest)
         elif isinstance(error, ModelError) or on_bad_row == "stop":
@@ -283,4 +284,5 @@ def _by_offsets(row: Rendered, offsets: list[tuple[int, int]]) -> list[bool]:
     for start, end in row.spans:
         # A token without characters of its own (a part of a character, a word mark) belongs where it stands.
         learned |= (first < end) & ((last > start) | ((first == last) & (first >= start)))
-    return [bool(is_learned) for is_learned in learned]
+    flags: list[bool] = learned.tolist()
+    return flags

@@ -54,10 +54,10 @@ def _is_causal_lm_class(model_class: type) -> bool:
 
 
 def _class_reasons(causal: PreTrainedModel, name: str) -> Iterator[str]:
-    parameters = inspect.signature(causal.forward).parameters
-    if "position_ids" not in parameters:
+    if "position_ids" not in inspect.signature(decoder_of(causal).forward).parameters:
         yield f"{name} takes no position_ids"
-    takes_keywords = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    parameters = inspect.signature(causal.forward).parameters.values()
+    takes_keywords = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     if not takes_keywords or not getattr(causal, "_supports_attention_backend", False):
         yield f"{name} does not use the attention interface"
     for part in (causal, decoder_of(causal)):
