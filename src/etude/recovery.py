@@ -161,8 +161,7 @@ def restore_run(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> None:
     refuse_fatal(changes, checkpoint)
     for change in changes:
         trainer.notices.say(f"changed since {folder.name}: {change}")
-    if progress["cut"] != trainer.cut:
-        trainer.notices.say(f"cut of {folder.name}: {progress['cut']}; now: {trainer.cut}")
+    run.recorded_cut = progress["cut"]
     trainer.call_hook(trainer._load_from_checkpoint, resume_from_checkpoint=str(folder), model=trainer.model)
     state = TrainerState.load_from_json(folder / "trainer_state.json")
     state.stateful_callbacks = {**trainer.state.stateful_callbacks, **state.stateful_callbacks}

@@ -102,6 +102,8 @@ class Run:
         self.first_epoch, self.first_batch = 0, 0
         self.stream_state: dict[str, Any] | None = None
         self.stop_was_requested = False
+        self.recorded_cut: dict[str, Any] = {}
+        """The cut of the checkpoint this run goes on from; used again where it can be."""
         self.initial_global_step = trainer.state.global_step
         self.start_time = time.time()
         self.events = Events(self, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)

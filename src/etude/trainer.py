@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -96,6 +97,7 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
     ) -> None:
         self.args = _own_arguments(args)
         processing_class = processing_class if processing_class is not None else tokenizer
+        self.args.validate()
         _refuse_contradictions(self, model, model_init, optimizers, optimizer_cls_and_kwargs, eval_dataset)
         _seed_everything(self.args)
         self.model_init = model_init
@@ -287,7 +289,7 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
             scaler=scaler,
             optimizer=self.optimizer,
             max_norm=args.max_grad_norm,
-            stops_on_nonfinite=args.on_nonfinite == "stop" and not self.filters_nonfinite_by_request(),
+            stops_on_nonfinite=args.on_nonfinite == "stop",
             rows_of=batches.rows_of,
         )
 
@@ -345,7 +347,7 @@ def _refuse_contradictions(
     trainer: Trainer, model: Any, model_init: Any, optimizers: Any, cls_and_kwargs: Any, eval_dataset: Any
 ) -> None:
     args = trainer.args
-    if args.world_size > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("etude trains in one process at present; start it without torchrun", field="WORLD_SIZE")
     if is_overridden(trainer, "_inner_training_loop"):
         raise ConfigError(
@@ -382,7 +384,10 @@ def _use_settings_for_training(model: nn.Module, args: TrainingArguments, until_
     if args.activation_checkpointing or args.gradient_checkpointing:
         kwargs: Any = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
         trained: Any = model
-        trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
+        if hasattr(trained, "activation_checkpointing_enable"):
+            trained.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None)
+        else:  # models outside transformers, and transformers before 5.20
+            trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
         if hasattr(trained, "enable_input_require_grads"):
             trained.enable_input_require_grads()
 

@@ -152,7 +152,6 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert not Path("run").exists()
 
 
-@pytest.mark.slow
 def test_a_whole_run_and_its_repetition(base: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--model", str(base), "--data", str(rows), "--output", "run", "--lora-r", "4", "--max-steps", "6"]
     assert command.main([*words, "--eval-fraction", "0.2", "--learning-rate", "1e-2", "--use-cpu"]) == 0
@@ -160,6 +159,7 @@ def test_a_whole_run_and_its_repetition(base: Path, rows: Path, capsys: pytest.C
     adapter = Path("run/adapter_model.safetensors").read_bytes()
     saved = recipe.build(recipe.read("run/recipe.yaml"))
     assert (saved.model, saved.lora.r, saved.training["learning_rate"]) == (str(base), 4, 1e-2)
+    assert saved.global_batch_size == 16
 
     assert command.main(["train", "run/recipe.yaml", "--output", "again"]) == 0
     assert Path("again/adapter_model.safetensors").read_bytes() == adapter

@@ -35,7 +35,7 @@ def values(line: str) -> dict[str, Any]:
         ("--no-bf16", {"bf16": False}),
         ("--eval-strategy no", {"eval_strategy": "no"}),
         ("--report-to [tensorboard,wandb]", {"report_to": ["tensorboard", "wandb"]}),
-        ("--lr-scheduler-kwargs {\"power\":2}", {"lr_scheduler_kwargs": {"power": 2}}),
+        ('--lr-scheduler-kwargs {"power":2}', {"lr_scheduler_kwargs": {"power": 2}}),
         ("--evaluation-strategy steps", {"evaluation_strategy": "steps"}),
         ("--group-by-length", {"group_by_length": True}),
     ],

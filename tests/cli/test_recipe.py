@@ -177,6 +177,7 @@ def test_a_saved_recipe_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         ("llama", 2048, 4.9e-4),
         ("qwen3", 4096, 4.7e-4),
         ("gemma3_text", 640, 2e-4),
+        ("llama", 64, 1e-3),
         ("llama", None, 2e-4),
     ],
 )

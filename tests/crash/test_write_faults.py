@@ -108,6 +108,19 @@ def test_a_failed_save_leaves_nothing_and_says_what_is_intact(run_save: RunSave,
             assert part in outcome.report
 
 
+def test_a_failed_replacement_puts_the_old_one_back_at_once(run_save: RunSave, fast_dir: Path) -> None:
+    """Not only after the next start: the run that failed goes on and looks for its checkpoints by name."""
+    calls = calls_of(run_save, fast_dir / "undisturbed", "overwrite")
+    renames = [at for at, call in enumerate(calls) if call == "rename"]
+    for at in renames:
+        base = fast_dir / f"trial-{at}"
+        root = saves.prepare(base, "overwrite")
+        outcome = run_save(root=root, base=base, situation="overwrite", mode=FAIL_ONCE, at=at, errno=errno.EIO)
+        assert outcome.refused
+        assert sorted(path.name for path in root.iterdir()) == [".etude.lock", "checkpoint-2", "checkpoint-3"]
+    assert len(renames) == 2
+
+
 def test_a_file_size_limit(run_save: RunSave, fast_dir: Path) -> None:
     """RLIMIT_FSIZE at 20 sizes: a real refusal of the kernel, in the middle of a write."""
     refused = 0

@@ -43,8 +43,6 @@ REFUSED = [
 ]
 
 FATAL = [
-    ("nested loops with output", LOOP.replace("BODY", "x"), TIME),
-    ("nested loops in silence", LOOP.replace("BODY", ""), TIME),
     ("a number without end", "{{ (10 ** (10 ** 9)) | string | length }}", TIME),
     ("depth of the source", "{{ " + "(" * 100_000, "nests too deeply"),
     ("ten gigabytes while compiling", "{{ 'a' * 10**10 }}", MEMORY),
@@ -95,7 +93,7 @@ def test_template_that_attacks_one_row_of_many_names_it_and_is_never_skipped(tok
 def test_the_next_template_works_after_an_attack(tokenizer: Any) -> None:
     row = {"prompt": "a", "completion": "b"}
     with pytest.raises(ModelError, match=TIME):
-        encode_row(row, tokenizer, format="prompt_completion", max_length=None, template=LOOP)
+        encode_row(row, tokenizer, format="prompt_completion", max_length=None, template=LOOP.replace("BODY", ""))
     sound = "{% for m in messages %}{{ m.content }} {% endfor %}"
     encoded = encode_row(row, tokenizer, format="prompt_completion", max_length=None, template=sound)
     assert encoded["input_ids"] == [2, 3, 0]
@@ -120,10 +118,13 @@ def test_caller_that_leaves_early_gets_its_own_answers_next_time() -> None:
     def chats(first: int) -> list[list[Chat]]:
         return [[Chat([{"role": "user", "content": f"{n} "}, CHAT.messages[1]])] for n in range(first, first + 4)]
 
-    for _ in renderer.render(template, {}, chats(0)):
-        break
-    texts = [reply.text for [reply] in renderer.render(template, {}, chats(4)) if isinstance(reply, Rendered)]
-    assert texts == ["4 b", "5 b", "6 b", "7 b"]
+    left = renderer.render(template, {}, chats(0))  # kept, as the traceback of an error keeps it
+    assert next(left)[0] == Rendered("0 b", [(2, 3)])
+    following = renderer.render(template, {}, chats(4))
+    texts = [next(following)[0]]
+    left.close()
+    texts += [reply for [reply] in following]
+    assert [reply.text for reply in texts if isinstance(reply, Rendered)] == ["4 b", "5 b", "6 b", "7 b"]
 
 
 def test_names_of_roles_and_text_of_rows_are_no_templates(tokenizer: Any) -> None:

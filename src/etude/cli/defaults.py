@@ -15,9 +15,11 @@ from etude.errors import ConfigError
 GLOBAL_BATCH_SIZE = 16
 
 # Peak learning rate 5e-4 * (2000 / hidden_size)^p, about ten times that of full fine-tuning; p was fitted per family
-# (the public copy of the Tinker cookbook). At hidden size 4096 the two give 2.9e-4 and 4.7e-4.
+# (the public copy of the Tinker cookbook). At hidden size 4096 the two give 2.9e-4 and 4.7e-4. The fit says nothing
+# about models of a few hundred channels, where it would go on rising.
 _LEARNING_RATE_POWERS = {"llama": 0.781, "qwen": 0.0775}
 _LEARNING_RATE_ELSEWHERE = 2e-4
+_LARGEST_LEARNING_RATE = 1e-3
 
 # A tenth of the run between two evaluations, each with its checkpoint, so that the best one can be kept.
 _EVALUATION_INTERVAL = 0.1
@@ -37,7 +39,7 @@ def learning_rate(model_type: str, hidden_size: int | None) -> float:
     """The peak learning rate for a model, to two digits."""
     for family, power in _LEARNING_RATE_POWERS.items():
         if model_type.startswith(family) and hidden_size:
-            return float(f"{5e-4 * (2000 / hidden_size) ** power:.1e}")
+            return min(float(f"{5e-4 * (2000 / hidden_size) ** power:.1e}"), _LARGEST_LEARNING_RATE)
     return _LEARNING_RATE_ELSEWHERE
 
 

@@ -17,14 +17,12 @@ if TYPE_CHECKING:
     from etude.cli.recipe import Recipe, Settings
     from etude.data import RowSet, TokenizedRows
 
-RECIPE_OPTIONS = "Recipe"
-
 
 def train(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RECIPE.yaml] [--ARGUMENT VALUE]...", help="Every training argument is a flag as well."
+            metavar="RECIPE.yaml", help="A recipe. Every training argument is a flag as well: --help-arguments."
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="M", help="Folder or Hub name of the base model.")] = None,
@@ -43,7 +41,13 @@ def train(
     ] = None,
     resume: Annotated[
         str,
-        typer.Option("--resume", "--resume-from-checkpoint", metavar="auto|PATH|none", help="Where to start. [auto]"),
+        typer.Option(
+            "--resume",
+            "--resume-from-checkpoint",
+            metavar="auto|PATH|none",
+            help="Where to start.",
+            show_default="auto",
+        ),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
     trust_remote_code: Annotated[
@@ -58,6 +62,7 @@ def train(
     Flags win over the recipe, the recipe over the defaults. The settings that
     were used are kept in O/recipe.yaml, and running that repeats the run.
 
+    \b
       etude train --model ./base --data rows.jsonl --output ./run
       etude train recipe.yaml --learning-rate 1e-4 --max-steps 200
     """
@@ -223,7 +228,15 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
     args = training_arguments(training, chosen.output, settings)
     set_seed(args.seed)  # the adapter's start depends on it
     adapted = attach_lora(model, chosen.lora.r, chosen.lora.alpha, chosen.lora.dropout, chosen.lora.targets)
-    resolved = replace(chosen, max_length=limit, global_batch_size=None, training=training, **absolute_paths(chosen))
+    # The global batch is what a repetition keeps, on however many processes; how it was dealt follows from it.
+    dealt = {"per_device_train_batch_size", "gradient_accumulation_steps"} - chosen.training.keys()
+    resolved = replace(
+        chosen,
+        max_length=limit,
+        global_batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * facts.num_processes,
+        training={key: value for key, value in training.items() if key not in dealt},
+        **absolute_paths(chosen),
+    )
     return Prepared(resolved, args, adapted, tokenizer, train_rows, eval_rows)
 
 

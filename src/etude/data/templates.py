@@ -46,7 +46,7 @@ class BoundedRenderer:
 
     def __init__(self) -> None:
         self._worker: subprocess.Popen[bytes] | None = None
-        self._num_unanswered = 0
+        self._session: object | None = None  # the call of `render` whose replies the worker is writing
         self._at_exit: weakref.finalize[..., BoundedRenderer] | None = None
 
     def render(
@@ -60,33 +60,40 @@ class BoundedRenderer:
 
         After a row that the template is to blame for, the worker may be gone: the rest of its chunk is refused likewise.
         """
+        if self._session is not None:  # its caller left early; what is still under way belongs to nobody
+            self.close()
+        session = self._session = object()
         try:
             replies: list[Rendered | Refused] | None = None
             for chunk in chunks:
                 rows = [chat._asdict() for chat in chunk]
                 self._send({"template": template, "variables": variables, "rows": rows})
-                self._num_unanswered = len(chunk)
                 if replies is not None:
                     yield replies
-                replies = self._receive()
+                replies = self._receive(len(chunk))
+            self._session = None
             if replies is not None:
                 yield replies
         finally:
-            if self._num_unanswered:  # the caller left early; what is still under way belongs to nobody
+            if self._session is session:
                 self.close()
 
     def close(self) -> None:
         """End the worker; the next use starts another."""
+        self._stop()
+        self._session = None
+
+    def _stop(self) -> None:
         if self._at_exit is not None:
             self._at_exit()
-        self._worker, self._num_unanswered = None, 0
+        self._worker = None
 
     def forget(self) -> None:
         """In a forked process: the worker, and the pipes to it, are the parent's."""
         if self._worker is not None and self._at_exit is not None:
             self._at_exit.detach()
             self._worker.returncode = 0  # nothing to wait for here
-        self._worker, self._num_unanswered = None, 0
+        self._worker = self._session = None
 
     def _start(self) -> subprocess.Popen[bytes]:
         # -P keeps the folder of the script, whose modules have common names, off the import path.
@@ -102,7 +109,7 @@ class BoundedRenderer:
 
     def _send(self, request: dict[str, Any]) -> None:
         if self._worker is None or self._worker.poll() is not None:
-            self.close()
+            self._stop()
             self._worker = self._start()
         stdin = self._worker.stdin
         assert stdin is not None
@@ -110,17 +117,16 @@ class BoundedRenderer:
             stdin.write(json.dumps(request).encode() + b"\n")
             stdin.flush()
 
-    def _receive(self) -> list[Rendered | Refused]:
+    def _receive(self, num_rows: int) -> list[Rendered | Refused]:
         assert self._worker is not None and self._worker.stdout is not None
         replies: list[Rendered | Refused] = []
-        while self._num_unanswered:
+        while len(replies) < num_rows:
             line = self._worker.stdout.readline()
             if not line.endswith(b"\n"):  # the worker is gone; the row that it was working on is to blame
-                replies += [Refused(_cause_of_death(self._worker.wait()), by_row=False)] * self._num_unanswered
-                self.close()
+                replies += [Refused(_cause_of_death(self._worker.wait()), by_row=False)] * (num_rows - len(replies))
+                self._stop()
                 break
             reply = json.loads(line)
-            self._num_unanswered -= 1
             if "refused" in reply:
                 replies.append(Refused(reply["refused"], reply["by_row"]))
             else:

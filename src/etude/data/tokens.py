@@ -138,7 +138,7 @@ def encode_row(
         DataError: the template refuses the row, or no supervised token is left of it.
         ModelError: the template is broken or exceeds its limits.
     """
-    encoded = next(_encoded([row], tokenizer, format, max_length, template, train_on))
+    [encoded] = _encoded([row], tokenizer, format, max_length, template, train_on)
     error = _error_of(encoded, max_length, None)
     if error is not None:
         raise error
@@ -237,7 +237,7 @@ class _Encoder:
         ]
 
     def _call(self, texts: list[str], **options: bool) -> Any:
-        # A template writes its own beginning-of-sequence token. verbose=False: whether a row is too long for the model is reported by us, once.
+        # A template writes its own beginning-of-sequence token. Rows that are too long are reported once, by us.
         return self._tokenizer(texts, add_special_tokens=not self._from_template, verbose=False, **options)
 
     def _by_prefixes(self, row: Rendered, ids: list[int]) -> list[bool]:

@@ -42,7 +42,10 @@ def generate(
         for start in range(0, len(by_length), batch_size):
             rows = by_length[start : start + batch_size]
             new_tokens = continue_greedily(
-                model, [encoded[row] for row in rows], eos_token_id=tokenizer.eos_token_id, max_new_tokens=max_new_tokens
+                model,
+                [encoded[row] for row in rows],
+                eos_token_id=tokenizer.eos_token_id,
+                max_new_tokens=max_new_tokens,
             )
             for row, tokens in zip(rows, new_tokens, strict=True):
                 replies[row] = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -81,7 +84,11 @@ def continue_greedily(
         input_ids = chosen[:, None]
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return [_until(row, eos_token_id) for row in torch.stack(produced, dim=1).tolist()] if produced else [[]] * len(prompts)
+    return (
+        [_until(row, eos_token_id) for row in torch.stack(produced, dim=1).tolist()]
+        if produced
+        else [[]] * len(prompts)
+    )
 
 
 @contextmanager
@@ -91,7 +98,8 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
 
     layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer) and not part.merged]
     originals = [
-        {name: weight.detach().clone() for name, weight in layer.get_base_layer().named_parameters()} for layer in layers
+        {name: weight.detach().clone() for name, weight in layer.get_base_layer().named_parameters()}
+        for layer in layers
     ]
     try:
         for layer in layers:

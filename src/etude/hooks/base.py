@@ -105,10 +105,6 @@ class Composition:
             type(self.lr_scheduler).__name__ == "GreedyLR"
         )
 
-    def filters_nonfinite_by_request(self) -> bool:
-        """Whether the caller asked, in so many words, to go on past non-finite losses."""
-        return "logging_nan_inf_filter" in self.args.explicit and bool(self.args.logging_nan_inf_filter)
-
 
 def is_overridden(trainer: Composition, name: str) -> bool:
     """Whether a subclass, or an assignment on the instance, replaced etude's own method."""

@@ -35,16 +35,22 @@ class ForwardHooks(Composition):
 
         overridden = self.overridden + (("compute_loss_func",) if self.compute_loss_func is not None else ())
         overridden += ("label_smoothing_factor",) if self.args.label_smoothing_factor else ()
+        recorded = self._run.recorded_cut if self._run is not None else {}
         on_device = self._prepare_inputs(inputs)
         self.path = choose_path(
             self.model,
-            fast_path=self.args.fast_path,
+            fast_path=self.args.fast_path and recorded.get("path") != "general",
             overridden=overridden,
             sample_inputs=dict(on_device) if isinstance(on_device, Mapping) else {},
             training_dtype=self.precision.autocast_dtype,
         )
         self.cut["path"] = self.path.name
         self.notices.say(f"{self.path.name} path: {'; '.join(self.path.reasons)}")
+        for name, was in recorded.items():
+            if self.cut.get(name) != was:
+                self.notices.say(
+                    f"cut differs from the checkpoint's, so rounding may: {name} {was} -> {self.cut.get(name)}"
+                )
         if self.path.name == "general" and self._divides_by_items is None:
             self._divides_by_items = model_loss.divides_by_num_items(self.model, on_device, self.precision.autocast())
 

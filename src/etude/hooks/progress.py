@@ -18,7 +18,7 @@ class ProgressHooks(Composition):
     """What has been done, and what happens between two steps."""
 
     def add_training_loss(self, loss: torch.Tensor) -> None:
-        if self.args.on_nonfinite == "continue" or self.filters_nonfinite_by_request():
+        if self.args.on_nonfinite == "continue":
             since = 1 + self.state.global_step - self._globalstep_last_logged
             loss = (
                 torch.where(loss.isfinite(), loss, self._tr_loss / since) if self.args.logging_nan_inf_filter else loss
