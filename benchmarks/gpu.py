@@ -1,0 +1,185 @@
+"""etude beside the installed peers on one GPU: tokens per second, peak memory, loss, for one work after another.
+
+    python -m benchmarks.gpu --work llama-1b-8x1024 llama-1b-ragged --contender etude transformers --rounds 2
+
+Contenders take turns (A B A B ...) on the same rows and the same initial weights. The first steps are left out. The
+share of the ceiling is of the bf16 matrix products a step cannot do without, at the rate this card reaches now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.shapes import WORKS, Work, collate, rows_of
+
+CONTENDERS = ("etude", "etude-general", "transformers", "transformers-gc", "liger")
+
+
+class Clock:
+    """A callback that times the steps after the warm-up, on a synchronised device."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup, self.started, self.stopped, self.first_step = warmup, 0.0, 0.0, 0.0
+        self.built = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (1, self.warmup, state.max_steps):
+            torch.cuda.synchronize()
+            now = time.perf_counter()
+            if state.global_step == 1:
+                self.first_step = now - self.built
+            if state.global_step == self.warmup:
+                self.started = now
+            self.stopped = now
+
+
+def build_model(work: Work, r: int, liger: bool = False) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(work.config(), dtype=torch.bfloat16)
+    if liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model)
+    return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -> dict[str, Any]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    from transformers import TrainerCallback
+
+    model = build_model(work, args.r, liger=name == "liger")
+    settings: dict[str, Any] = {
+        "output_dir": "/tmp/etude-benchmark",
+        "per_device_train_batch_size": work.samples,
+        "max_steps": args.warmup + args.steps,
+        "learning_rate": 1e-4,
+        "bf16": True,
+        "logging_steps": args.warmup + args.steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": name.endswith("-gc"),
+    }
+    clock_type = type("ClockCallback", (Clock, TrainerCallback), {})
+    clock = clock_type(args.warmup)
+    if name.startswith("etude"):
+        from etude import Trainer, TrainingArguments
+
+        settings["fast_path"] = name != "etude-general"
+        if args.deterministic:
+            settings["deterministic"] = True
+    else:
+        from transformers import Trainer, TrainingArguments
+    trainer = Trainer(
+        model=model, args=TrainingArguments(**settings), train_dataset=rows, data_collator=collate, callbacks=[clock]
+    )
+    output = trainer.train()
+    tokens = sum(len(row["input_ids"]) for row in rows[work.samples * args.warmup :])
+    seconds = clock.stopped - clock.started
+    result = {
+        "contender": name,
+        "tokens_per_second": tokens / seconds,
+        "milliseconds_per_step": 1000 * seconds / args.steps,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "seconds_to_first_step": clock.first_step,
+        "loss": output.training_loss,
+    }
+    del trainer, model
+    return result
+
+
+def gemm_rate() -> float:
+    """bf16 FLOP/s of an 8192^3 product on this card, now."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (time.perf_counter() - started)
+
+
+def ceiling(work: Work, rate: float) -> float:
+    """Tokens per second if only the frozen matrix products were done: 4 FLOP per weight and token."""
+    config = work.config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.hidden_size * head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    per_layer = attention + 3 * config.hidden_size * config.intermediate_size
+    return rate / (4 * (config.num_hidden_layers * per_layer + config.hidden_size * config.vocab_size))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs="+", default=list(WORKS), choices=list(WORKS))
+    parser.add_argument("--contender", nargs="+", default=["etude", "transformers"], choices=CONTENDERS)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    rate = gemm_rate()
+    report: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "gemm_tflops": rate / 1e12,
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+        "settings": {key: value for key, value in vars(args).items() if key != "json"},
+        "results": {},
+    }
+    lines = []
+    for name in args.work:
+        work = WORKS[name]
+        rows = rows_of(work, args.warmup + args.steps, work.config().vocab_size)
+        runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in args.contender}
+        for _ in range(args.rounds):
+            for contender in args.contender:
+                try:
+                    runs[contender].append(run_once(contender, work, rows, args))
+                except (torch.OutOfMemoryError, ImportError, RuntimeError) as error:
+                    runs[contender].append({"contender": contender, "error": f"{type(error).__name__}: {error}"[:300]})
+        report["results"][name] = runs
+        for contender, results in runs.items():
+            good = [result for result in results if "error" not in result]
+            if not good:
+                lines.append(f"{name:20} {contender:16} {results[0]['error'][:90]}")
+                continue
+            speed = statistics.median(result["tokens_per_second"] for result in good)
+            share = speed / ceiling(work, rate)
+            peak = max(result["peak_gib"] for result in good)
+            first = good[0]["seconds_to_first_step"]
+            lines.append(
+                f"{name:20} {contender:16} {speed:10,.0f} tok/s  {share:5.0%} of ceiling  {peak:6.1f} GiB  "
+                f"first step {first:5.1f} s  loss {good[-1]['loss']:.5f}"
+            )
+            print(lines[-1], flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1, default=str))
+    print(f"\n{report['device']}, {report['date']}, GEMM {rate / 1e12:.0f} TFLOP/s, {report['versions']}")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

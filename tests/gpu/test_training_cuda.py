@@ -1,0 +1,113 @@
+"""Training on a CUDA device: every precision, loss scaling, checkpoints, and a resume with the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from etude import Trainer, TrainingArguments
+from etude.model.adapter import read_tensors
+from tiny import Padded, language_rows, tiny_llama, with_lora
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
+]
+
+
+def trainer(folder: Path, *, wide: bool = False, **settings: Any) -> Trainer:
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64} if wide else {}
+    model = with_lora(tiny_llama(**shape), task_type="CAUSAL_LM")
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 12,
+        "save_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "disable_tqdm": True,
+    }
+    rows = language_rows(40, seed=1, shortest=5, longest=30)
+    arguments = TrainingArguments(**(defaults | settings))
+    return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=Padded())
+
+
+def losses(trained: Trainer) -> list[float]:
+    return [row["loss"] for row in trained.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("fast_path", [True, False], ids=["packed", "general"])
+def test_cuda_trains_like_the_cpu(tmp_path: Path, precision: dict[str, bool], fast_path: bool) -> None:
+    on_gpu = trainer(tmp_path / "gpu", wide=True, fast_path=fast_path, **precision)
+    on_gpu.train()
+    on_cpu = trainer(tmp_path / "cpu", wide=True, use_cpu=True, fast_path=False)
+    on_cpu.train()
+    tolerance = 1e-4 if not precision else 2e-2
+    assert losses(on_gpu) == pytest.approx(losses(on_cpu), rel=tolerance)
+    assert on_gpu.args.device.type == "cuda"
+    if precision and fast_path:
+        assert on_gpu.path.name == "packed", on_gpu.path.reasons
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=["fp32", "bf16", "fp16"])
+def test_resume_on_cuda_gives_the_same_bits(tmp_path: Path, precision: dict[str, bool]) -> None:
+    whole = trainer(tmp_path / "whole", deterministic=True, **precision)
+    whole.train()
+    first = trainer(tmp_path / "cut", deterministic=True, **precision)
+    first.train()
+    again = trainer(tmp_path / "cut", deterministic=True, **precision)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-4"))
+    assert losses(again) == losses(whole)
+    expected = read_tensors(tmp_path / "whole" / "checkpoint-12" / "adapter_model.safetensors")
+    found = read_tensors(tmp_path / "cut" / "checkpoint-12" / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_fp16_overflow_skips_the_step_and_goes_on(tmp_path: Path) -> None:
+    trained = trainer(tmp_path, fp16=True)
+    trained.train()
+    scaler = trained._run.scaler
+    assert scaler.tolerates_overflow
+    assert scaler.state()["scale"] > 0
+    assert all(parameter.isfinite().all() for parameter in trained.model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_classic_script_on_a_billion_parameters(tmp_path: Path, precision: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        shape = {
+            "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+        }  # fmt: skip
+        with torch.device("cuda"):
+            model = LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=0)).to(torch.bfloat16)
+        return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+    def classic() -> Trainer:
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "lora-output"), num_train_epochs=3, per_device_train_batch_size=4,
+            gradient_accumulation_steps=4, learning_rate=2e-4, warmup_ratio=0.03, logging_steps=1,
+            evaluation_strategy="epoch", save_strategy="epoch", **{precision: True},
+        )  # fmt: skip
+        rows = language_rows(48, seed=2, shortest=16, longest=256)
+        return Trainer(model=build(), args=arguments, train_dataset=rows, eval_dataset=rows[:8], data_collator=Padded())
+
+    whole = classic()
+    output = whole.train()
+    assert output.global_step == 9
+    assert losses(whole)[-1] < losses(whole)[0]
+    whole.model.save_pretrained(str(tmp_path / "final-adapter"))
+    again = classic()
+    again.train(resume_from_checkpoint=str(tmp_path / "lora-output" / "checkpoint-6"))
+    assert losses(again) == pytest.approx(losses(whole), rel=2e-2)
