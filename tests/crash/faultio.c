@@ -2,6 +2,7 @@
  * from the n-th on) fail, stop half way, or kill the process. The calls are logged for the power-loss model.
  * Disarmed until faultio_arm() is called through ctypes in a forked child. */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -96,6 +97,11 @@ ssize_t pwrite(int file, const void *data, size_t size, off_t at) { return do_wr
 ssize_t pwrite64(int file, const void *data, size_t size, off_t at) { return do_write(file, data, size, at); }
 ssize_t writev(int file, const struct iovec *parts, int num) { return num ? do_write(file, parts->iov_base, parts->iov_len, -1) : 0; }
 
+DIR *opendir(const char *path) {
+    if (refused(path, NULL)) return NULL;
+    if (inside(path)) note("list", path, "", NULL, 0);
+    return REAL(DIR *(*)(const char *), "opendir")(path);
+}
 int fsync(int file) { WATCH(path_of(file, NULL, buffer), "fsync", "", syscall(SYS_fsync, file)); }
 int fdatasync(int file) { WATCH(path_of(file, NULL, buffer), "fsync", "", syscall(SYS_fdatasync, file)); }
 int ftruncate64(int file, off_t size) { WATCH(path_of(file, NULL, buffer), "truncate", "", syscall(SYS_ftruncate, file, size)); }

@@ -89,7 +89,7 @@ def read_log(log: Path) -> list[Operation]:
     operations = []
     for line in log.read_text().splitlines():
         name, path, more = line.split("\t")
-        if name != "failed" and (name, more) != ("open", "read"):
+        if name not in ("failed", "list") and (name, more) != ("open", "read"):
             operations.append((name, path, more))
     return operations
 

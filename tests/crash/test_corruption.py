@@ -98,7 +98,7 @@ def rejected_reason(root: Path, name: str) -> str:
     newest, rejections = CheckpointStore(root).newest_valid()
     assert newest is not None and newest.step < 3
     assert saves.read_back(newest) == saves.contents(newest.step, "old")
-    assert str(rejections[0]).startswith(f"rejected checkpoint-3: {name}: ")
+    assert str(rejections[0]).startswith(f"checkpoint-3: {name}: ")
     return rejections[0].reason
 
 

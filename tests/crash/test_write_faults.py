@@ -85,7 +85,8 @@ def test_a_failure_before_the_rename_is_never_called_success(run_save: RunSave, 
         outcome = run_save(
             root=root, base=fast_dir / f"trial-{at}", situation=situation, mode=FAIL_ONCE, at=at, errno=errno.EIO
         )
-        may_fail = calls[at] == "failed"  # making a folder that is already there
+        # Making a folder that is already there; listing files to estimate a size (what `commit` lists, the sweep judges).
+        may_fail = calls[at] in ("failed", "list")
         assert outcome.refused or may_fail, f"EIO at call {at} ({calls[at]}): {outcome.report}"
 
 

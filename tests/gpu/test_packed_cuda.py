@@ -149,6 +149,7 @@ def test_the_head_in_half_precision() -> None:
         assert float((our_gradient.double() - their_gradient).norm() / their_gradient.norm()) < tolerance
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_a_packed_step_does_not_wait_for_the_device() -> None:
     """Packed before the copy, nothing in forward and backward reads a value back to the host."""
     model = adapted("llama").bfloat16()

@@ -37,7 +37,7 @@ class Run:
 
     log: list[dict[str, float]]
     adapter: dict[str, torch.Tensor]
-    batches: list[list[tuple[int, ...]]]
+    batches: list[list[tuple[int, ...]]]  # of the training rows, as the collator saw them
     output: Any
     trainer: Any
     recorded: list[Any] = field(default_factory=list)
@@ -89,7 +89,9 @@ def train(
         )
         trainer.pop_callback(world.PrinterCallback)  # transformers' own takes entries out of the logs it is shown
         output = trainer.train()
-    return Run(trainer.state.log_history, adapter_of(trainer.model), watched.batches, output, trainer)
+    evaluated = {tuple(row["input_ids"]) for row in eval_rows} if isinstance(eval_rows, list) else set()
+    batches = [batch for batch in watched.batches if not evaluated.issuperset(batch)]
+    return Run(trainer.state.log_history, adapter_of(trainer.model), batches, output, trainer)
 
 
 def theirs(*arguments: Any, **named: Any) -> Run:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from etude.model.capabilities import head_obstacle, missing_capabilities, read_head
-from etude.model.paths import GeneralPath, PackedPath, choose_path, probe_batch
+from etude.model.paths import PROBE_LENGTHS, GeneralPath, PackedPath, choose_path, probe_batch
 from tiny import IGNORED, Batch, Padded, causal_lora, language_rows, tiny_bert, tiny_gemma3, tiny_llama, tiny_t5
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -288,7 +288,7 @@ def test_the_probe_is_ragged_on_both_sides_and_made_of_real_tokens(num_rows: int
     batch["position_ids"] = batch["attention_mask"].cumsum(1) + 4
     probe = probe_batch(batch)
     is_real = probe["attention_mask"] != 0
-    assert is_real.sum(1).tolist() == [24, 16, 9, 12]
+    assert tuple(is_real.sum(1).tolist()) == PROBE_LENGTHS
     assert not is_real[:3, -1].all()
     assert not is_real[3, 0]
     assert set(probe["input_ids"][is_real].tolist()) <= set(batch["input_ids"][batch["attention_mask"] != 0].tolist())

@@ -84,7 +84,7 @@ def test_a_checkpoint_without_manifest_says_what_to_do(store: CheckpointStore) -
     (store.root / "checkpoint-5").mkdir(parents=True)
     (store.root / "checkpoint-5" / "trainer_state.json").write_text("{}")
     newest, rejections = store.newest_valid()
-    assert newest is None and "rejected checkpoint-5: MANIFEST.json: is missing" in str(rejections[0])
+    assert newest is None and "checkpoint-5: MANIFEST.json: is missing" in str(rejections[0])
     assert "etude import-checkpoint" in rejections[0].reason
 
 

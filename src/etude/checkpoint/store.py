@@ -50,7 +50,7 @@ class Rejection:
     reason: str
 
     def __str__(self) -> str:
-        return f"rejected {self.path.name}: {self.reason}"
+        return f"{self.path.name}: {self.reason}"
 
 
 class CheckpointStore:

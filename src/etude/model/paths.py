@@ -155,7 +155,7 @@ def packed_or_none(inputs: dict[str, Tensor]) -> PackedBatch | None:
 
 # -- the probe --------------------------------------------------------------------------------------------------------
 
-PROBE_LENGTHS = (24, 16, 9, 12)
+PROBE_LENGTHS = (16, 10, 6, 8)
 """Tokens of the probe's rows; the last is padded on the left, the others on the right."""
 
 
@@ -277,8 +277,9 @@ def relative_difference(values: Tensor, reference: Tensor) -> float:
     """Root mean square of the difference relative to that of the reference; robust where single experts flip."""
     if values.shape != reference.shape:
         return float("inf")
-    difference = (values.double() - reference.double()).norm()
-    return float(difference / reference.double().norm().clamp_min(1e-30))
+    wide = torch.promote_types(reference.dtype, torch.float32)
+    difference = (values.to(wide) - reference.to(wide)).norm()
+    return float(difference / reference.to(wide).norm().clamp_min(1e-30))
 
 
 def _require_equal(values: Tensor, reference: Tensor, tolerance: float, complaint: str) -> None:
