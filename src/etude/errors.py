@@ -100,3 +100,13 @@ def nearest(name: str, known: list[str] | tuple[str, ...]) -> str | None:
 
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` means that the device, or the host, has no more memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    )

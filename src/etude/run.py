@@ -106,6 +106,7 @@ class Run:
         """The cut of the checkpoint this run goes on from; used again where it can be."""
         self.initial_global_step = trainer.state.global_step
         self.start_time = time.time()
+        batches.on_batches = self.see_batches
         self.events = Events(self, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         self.update = Update(self)
 
@@ -146,17 +147,37 @@ class Run:
         except StopNow:
             return self.events.stop_here()
 
+    def see_batches(self, batches: list[MicroBatch]) -> None:
+        """Decide the path on the first batches, before they are cut; count the work of every step."""
+        trainer = self.trainer
+        trainer.current_gradient_accumulation_steps = len(batches)
+        if trainer.path is None:
+            trainer.choose_path(batches[0].inputs)
+            self.batches.cut = trainer.cutter.cut
+        for batch in batches:
+            trainer.count_work(batch.inputs)
+
     def forward_backward(self, micro_batch: MicroBatch, num_items: int | None) -> torch.Tensor:
         """Forward and backward of one micro-batch, its randomness a function of its place."""
         trainer = self.trainer
         if num_items == 0:
             self._refuse_step_without_labels(micro_batch)
             return torch.zeros((), device=trainer.args.device)
-        torch.manual_seed(derive_seed(trainer.args.seed, "model", micro_batch.epoch, micro_batch.number))
-        trainer.current_gradient_accumulation_steps = self.batches.current_size
+        torch.manual_seed(derive_seed(trainer.args.seed, "model", *micro_batch.place))
         share: torch.Tensor = trainer.run_training_step(micro_batch.inputs, num_items)
-        trainer.count_work(micro_batch.inputs)
         return share
+
+    def split(self, micro_batch: MicroBatch) -> list[MicroBatch] | None:
+        """Halves of a micro-batch that ran out of memory."""
+        trainer = self.trainer
+        parts = trainer.cutter.split(micro_batch)
+        if parts is not None:
+            trainer.cut |= trainer.cutter.record()
+            trainer.notices.say(
+                f"out of memory at step {trainer.state.global_step + 1}: the step is repeated in smaller micro-batches, "
+                f"and so are those after it ({_described(trainer.cutter.record())}); the samples of a step stay the same"
+            )
+        return parts
 
     def _refuse_step_without_labels(self, micro_batch: MicroBatch) -> None:
         step = self.trainer.state.global_step + 1
@@ -171,6 +192,10 @@ class Run:
 
     def finish(self) -> TrainOutput:
         return self.trainer.finish_training(self)
+
+
+def _described(record: dict[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in record.items())
 
 
 class Update:
@@ -224,7 +249,7 @@ class Events:
         self.fire("on_step_begin")
 
     def micro_batch_end(self, micro_batch: MicroBatch) -> None:
-        if not micro_batch.is_last:
+        for _ in range(micro_batch.closes):
             self.fire("on_substep_end")
 
     def step_end(self, step: Step, loss: torch.Tensor, norm: Any) -> None:

@@ -18,6 +18,7 @@ from etude.arguments import TrainingArguments
 from etude.callbacks import CallbackHandler, DefaultFlowCallback, TrainerControl
 from etude.checkpoint.resume import find_checkpoint
 from etude.checkpoint.store import CheckpointStore
+from etude.cut import AsCollated
 from etude.data.batching import StepBatches
 from etude.data.collate import default_collator
 from etude.data.loader import TrainingStream
@@ -120,6 +121,7 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
             self._move_model_to_device(self.model, self.args.device)
         self._inspect_model()
         self.path: Any = None
+        self.cutter = AsCollated(self.shifts_labels)
         self.cut: dict[str, Any] = {}
         self.run_record: dict[str, Any] = {}
         self.is_in_train = False
@@ -247,6 +249,7 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
         self._total_loss_scalar, self._globalstep_last_logged = 0.0, 0
         self.create_optimizer_and_scheduler(plan.max_steps)
         self.run_record = describe_run(self)
+        self.path = None
         self.cut = {
             "micro_batch_samples": args.train_batch_size,
             "accumulation": args.gradient_accumulation_steps,
@@ -291,6 +294,7 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
             max_norm=args.max_grad_norm,
             stops_on_nonfinite=args.on_nonfinite == "stop",
             rows_of=batches.rows_of,
+            split=lambda micro_batch: cast(Run, self._run).split(micro_batch),
         )
 
     def _introduce(self, run: Run) -> None:

@@ -15,11 +15,8 @@ LOOPS = {"loop.py": SHARED | {"callbacks"}, "evaluation.py": SHARED | {"callback
 
 # (importing file, imported module): what a room needs of another, each for its reason.
 EXCEPTIONS: set[tuple[str, str]] = {
-    ("observe/console.py", "callbacks"),  # the progress bar and the printer are callbacks
-    ("observe/tensorboard.py", "callbacks"),  # so are the trackers
-    ("observe/trackers.py", "callbacks"),
-    ("observe/jsonl.py", "callbacks"),
-    ("observe/report.py", "callbacks"),
+    ("model/packing.py", "kernels"),  # a packed forward swaps the attention, which only the plan of kernels may do
+    ("model/paths.py", "kernels"),  # and which path is taken depends on whether that plan fits
 }
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy"}

@@ -25,6 +25,12 @@ ALLOWED: dict[tuple[str, str], str] = {
 # Files that write on purpose: the durable store and the sinks of a run. All others hand their bytes to these.
 WRITERS = ("checkpoint/", "observe/", "cli/", "demo/", "search/")
 
+# Single calls elsewhere, each with its reason.
+ALLOWED_WRITES: dict[tuple[str, str], str] = {
+    ("callbacks.py", "write_text"): "TrainerState.save_to_json: public, writes the file that its caller names",
+    ("data/template_worker.py", "fdopen(..., 'wb')"): "the pipe to the parent process, not a file",
+}
+
 
 def name_of(node: ast.expr) -> str:
     """`torch.load` of the expression `torch.load`; only the last part where the rest is no plain name."""
@@ -98,7 +104,8 @@ def test_nothing_banned(path: str) -> None:
 
 @pytest.mark.parametrize("path", [path for path in modules() if not path.startswith(WRITERS)])
 def test_files_are_written_by_the_store_and_the_sinks(path: str) -> None:
-    assert [f"{path}:{line} {call}" for line, call in writes(modules()[path])] == []
+    found = [f"{path}:{line} {call}" for line, call in writes(modules()[path]) if (path, call) not in ALLOWED_WRITES]
+    assert found == []
 
 
 def test_every_torch_load_that_is_allowed_reads_weights_only() -> None:

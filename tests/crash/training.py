@@ -12,28 +12,25 @@ import gc
 import hashlib
 import json
 import os
-import random
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
-import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from etude import EarlyStoppingCallback, Trainer, TrainerCallback
+from etude import Trainer, TrainerCallback
+from etude.checkpoint import CheckpointStore
+from etude.errors import CheckpointError
 from short_run import short_trainer, without_clock
-from tiny import ListDataset, Padded, StreamDataset, language_rows, tiny_llama, with_lora
+from tiny import ListDataset, language_rows, tiny_llama, with_lora
 
-HERE = Path(__file__).parent
 NUM_ROWS, LAST_STEP = 24, 9
 ROWS, EVAL_ROWS = language_rows(NUM_ROWS), language_rows(6, 50)
 SETTINGS: dict[str, Any] = {
@@ -57,6 +54,7 @@ class Ended:
     exit_code: int
     said: str
     result: dict[str, Any] | None
+    cpu_seconds: float
 
 
 Train = Callable[..., Ended]
@@ -165,33 +163,69 @@ class Rows(ListDataset):
         return super().__getitem__(index)
 
 
+class Watched(Trainer):
+    """Being in the middle of a save is a happening too."""
+
+    happenings: Happenings
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.happenings.happened("save")
+
+
+def build(
+    output_dir: Path,
+    happenings: Happenings | None = None,
+    fault: dict[str, Any] | None = None,
+    *,
+    model_seed: int = 1,
+    **settings: Any,
+) -> Any:
+    """The trainer of the run."""
+    happenings = happenings or Happenings([])
+    trainer = short_trainer(
+        tiny_model(model_seed),
+        Rows(ROWS, happenings),
+        eval_rows=EVAL_ROWS,
+        callbacks=[Watcher(happenings, fault)],
+        trainer_class=Watched,
+        output_dir=str(output_dir.absolute()),  # the shim compares paths as they are given
+        **(SETTINGS | settings),
+    )
+    trainer.happenings = happenings
+    return trainer
+
+
 def train(order: dict[str, Any]) -> None:
     """One run in the working directory, as ordered; its result goes to the file `order["result"]`."""
     happenings = Happenings(order["signals"])
     os.register_at_fork(after_in_parent=lambda: happenings.happened("fork"))
-
-    class Watched(Trainer):
-        def _save_rng_state(self, output_dir: str) -> None:
-            super()._save_rng_state(output_dir)
-            happenings.happened("save")
-
     if order["cpu_seconds"] is not None:  # SIGPROF ends a process as SIGKILL does: nothing of it runs any more
         signal.setitimer(signal.ITIMER_PROF, order["cpu_seconds"])
-    trainer = short_trainer(
-        tiny_model(),
-        Rows(ROWS, happenings),
-        eval_rows=EVAL_ROWS,
-        callbacks=[Watcher(happenings, order["fault"])],
-        trainer_class=Watched,
-        output_dir=str(Path("out").absolute()),  # the shim compares paths as they are given
-        **(SETTINGS | order["settings"]),
-    )
+    trainer = build(Path("out"), happenings, order["fault"], **order["settings"])
     output = trainer.train(resume_from_checkpoint=order["resume"])
     signal.setitimer(signal.ITIMER_PROF, 0)
     Path(order["result"]).write_text(json.dumps(result_of(trainer, output)))
 
 
 # -- the server ------------------------------------------------------------------------------------------------------------
+
+
+def leave(run: Callable[[], None]) -> NoReturn:
+    """End as the interpreter ends a script, without tidying up what was inherited."""
+    code = 0
+    try:
+        run()
+    except SystemExit as request:
+        code = request.code if isinstance(request.code, int) else 1
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def serve() -> None:
@@ -208,70 +242,25 @@ def serve() -> None:
             os.dup2(printed, 1)
             os.dup2(printed, 2)
             signal.alarm(LONGEST_SECONDS)
-            train(order)
-            return
-        _, status = os.waitpid(child, 0)
+            leave(lambda: train(order))
+        _, status, used = os.wait4(child, 0)
         code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        print(json.dumps(code), flush=True)
+        print(json.dumps([code, used.ru_utime + used.ru_stime]), flush=True)
 
 
-@pytest.fixture(scope="session")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fault injector as a library to preload."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if not sys.platform.startswith("linux") or compiler is None:
-        pytest.skip("the fault injector needs Linux and a C compiler")
-    library = tmp_path_factory.mktemp("faultio") / "faultio.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "faultio.c", "-ldl"], check=True)
-    return library
+def unsound(output_dir: Path) -> list[str]:
+    """What is wrong with the checkpoints in a folder: every visible one must be complete."""
+    store, found = CheckpointStore(output_dir), []
+    for checkpoint in store.committed():
+        try:
+            store.verify(checkpoint.path)
+        except CheckpointError as error:
+            found.append(str(error))
+    return found
 
 
-@pytest.fixture(scope="session")
-def train_in_child(shim: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
-    """`train_in_child(folder, resume=..., signals=[...], fault={...}, cpu_seconds=..., **settings)`."""
-    scratch = tmp_path_factory.mktemp("orders")
-    paths = [str(HERE), str(HERE.parent), *sys.path]
-    environment = {**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": os.pathsep.join(paths)}
-    server = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert server.stdin and server.stdout
-
-    def run(
-        folder: Path,
-        *,
-        resume: Any = None,
-        signals: Any = (),
-        fault: dict[str, Any] | None = None,
-        cpu_seconds: float | None = None,
-        **settings: Any,
-    ) -> Ended:
-        folder.mkdir(parents=True, exist_ok=True)
-        result, said = scratch / "result.json", scratch / "said.txt"
-        result.unlink(missing_ok=True)
-        order = {"folder": str(folder), "resume": resume, "signals": list(signals), "settings": settings}
-        order |= {"fault": fault and {"until": -1} | fault, "cpu_seconds": cpu_seconds}
-        server.stdin.write(json.dumps(order | {"result": str(result), "said": str(said)}) + "\n")
-        server.stdin.flush()
-        code = json.loads(server.stdout.readline())
-        content = json.loads(result.read_text()) if result.exists() else None
-        return Ended(code, said.read_text(errors="replace"), content)
-
-    yield run
-    server.stdin.close()
-    server.wait(timeout=10)
-    server.stdout.close()
-
-
-@pytest.fixture(scope="session")
-def whole(train_in_child: Train) -> Iterator[dict[str, Any]]:
-    """The result of the run that nothing disturbs."""
-    folder = Path(tempfile.mkdtemp(prefix="etude-test-"))
-    ended = train_in_child(folder)
-    shutil.rmtree(folder)
-    assert ended.exit_code == 0 and ended.result is not None, ended.said
-    assert ended.result["step"] == LAST_STEP
-    yield ended.result
+def steps_in(output_dir: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in CheckpointStore(output_dir).committed()]
 
 
 if __name__ == "__main__":

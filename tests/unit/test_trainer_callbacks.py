@@ -55,7 +55,17 @@ def test_the_printer_or_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def has(trainer: Any, kind: type) -> bool:
-    return any(isinstance(callback, kind) for callback in trainer.callback_handler.callbacks)
+    return any(type(callback) is kind for callback in trainer.callback_handler.callbacks)
+
+
+@pytest.mark.parametrize("printer", [PrinterCallback, transformers.PrinterCallback], ids=["etude", "transformers"])
+def test_taking_out_the_printer_takes_out_no_progress_bar(printer: type) -> None:
+    """Scripts that want no printed lines remove the printer whether or not there is one."""
+    drawing, printing = short_trainer(disable_tqdm=False), short_trainer(disable_tqdm=True)
+    drawing.remove_callback(printer)
+    printing.remove_callback(printer)
+    assert has(drawing, ProgressCallback)
+    assert not has(printing, PrinterCallback)
 
 
 class CountsSteps(transformers.TrainerCallback):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,8 +45,15 @@ class MicroBatch:
     """Number of the micro-batch within the epoch."""
     index: int
     """Number within the optimizer step."""
-    is_last: bool
-    """Whether the optimizer step ends with it."""
+    closes: int = 0
+    """How many of the user's micro-steps, other than the last of the step, are complete with it."""
+    samples: tuple[int, int] | None = None
+    """Which samples of the step (or of the batch `number`) it holds, where it is not a whole batch."""
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """What the randomness of its forward pass is a function of."""
+        return (self.epoch, self.number, *(self.samples or ()))
 
 
 @dataclass
@@ -67,6 +74,10 @@ class StepBatches:
 
     def __init__(self, stream: TrainingStream, *, accumulation: int, shifts_labels: bool) -> None:
         self.stream, self.accumulation, self.shifts_labels = stream, accumulation, shifts_labels
+        self.cut: Callable[[list[MicroBatch]], list[MicroBatch]] = list
+        """How the batches of a step become micro-batches; as they are until a path has been chosen."""
+        self.on_batches: Callable[[list[MicroBatch]], None] = lambda batches: None
+        """Sees the batches of each step before they are cut."""
         self.position = Position()
         self.current_size = accumulation
         self._next_step: list[MicroBatch] = []
@@ -88,24 +99,32 @@ class StepBatches:
                 epoch=self.position.epoch,
                 number=first + index,
                 index=index,
-                is_last=index == len(loaded) - 1,
+                closes=int(index < len(loaded) - 1),
             )
             for index, inputs in enumerate(loaded)
         ]
         return bool(loaded)
 
     def of_next_step(self) -> tuple[list[MicroBatch], int | None]:
-        """The loaded micro-batches and the number of items in all of them together."""
-        micro_batches, self._next_step = self._next_step, []
-        self.position.batches_done += len(micro_batches)
-        self.current_size = len(micro_batches)
-        counts = [micro_batch.num_items for micro_batch in micro_batches]
+        """The micro-batches of the loaded step and the number of items in all of them together."""
+        batches, self._next_step = self._next_step, []
+        self.position.batches_done += len(batches)
+        self.current_size = len(batches)
+        counts = [batch.num_items for batch in batches]
         known = [count for count in counts if count is not None]
-        return micro_batches, sum(known) if len(known) == len(counts) else None
+        self.on_batches(batches)
+        return self.cut(batches), sum(known) if len(known) == len(counts) else None
 
     def saved_position(self) -> Position:
         """The position after the last step handed out, with the state a streamed dataset needs to return to it."""
         return Position(self.position.epoch, self.position.batches_done, self.stream.state())
 
     def rows_of(self, micro_batch: MicroBatch) -> list[int]:
-        return self.stream.rows_of(micro_batch.epoch, micro_batch.number)
+        """The dataset rows of a micro-batch; empty where they are not known (a stream, the user's own sampler)."""
+        first, end = micro_batch.samples or (0, None)
+        rows: list[int] = []
+        for number in range(micro_batch.number, self.position.batches_done):
+            rows += self.stream.rows_of(micro_batch.epoch, number)
+            if micro_batch.samples is None or len(rows) >= micro_batch.samples[1]:
+                break
+        return rows[first:end]

@@ -109,7 +109,9 @@ def read_weights(gguf_file: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor]
     with gguf_file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         header = read_header(content)
         weights = dict(_unpacked(content, header, dtype))
-    return weights, gemma3_config(header.metadata, vocab_size=weights["model.embed_tokens.weight"].shape[0], dtype=dtype)
+    return weights, gemma3_config(
+        header.metadata, vocab_size=weights["model.embed_tokens.weight"].shape[0], dtype=dtype
+    )
 
 
 def gemma3_config(metadata: dict[str, Any], *, vocab_size: int, dtype: torch.dtype) -> Any:

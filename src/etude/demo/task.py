@@ -75,7 +75,7 @@ class Example:
     @property
     def prompt(self) -> str:
         """The text the model sees."""
-        return f"{self.request}\nJSON:"
+        return prompt_for(self.request)
 
     @property
     def completion(self) -> str:
@@ -106,14 +106,20 @@ def make_split(name: Split, n: int, seed: int) -> list[Example]:
     return list(examples.values())
 
 
-def is_exact_match(reply: str, example: Example) -> bool:
+def prompt_for(request: str) -> str:
+    """The text that asks for the JSON of a request."""
+    return f"{request}\nJSON:"
+
+
+def is_exact_match(reply: str, answer: str) -> bool:
     """True where the reply is the answer and nothing else; white space around it does not count."""
-    return reply.strip() == example.answer
+    return reply.strip() == answer
 
 
 def exact_match(replies: Sequence[str], examples: Sequence[Example]) -> float:
     """The share of right replies, between 0 and 1."""
-    return sum(map(is_exact_match, replies, examples)) / len(examples)
+    pairs = zip(replies, examples, strict=True)
+    return sum(is_exact_match(reply, example.answer) for reply, example in pairs) / len(examples)
 
 
 def _draw(generator: random.Random, pairs: Sequence[tuple[str, str]]) -> Example:

@@ -13,6 +13,7 @@ from torch import nn
 if TYPE_CHECKING:
     from etude.arguments import TrainingArguments
     from etude.callbacks import CallbackHandler, TrainerControl, TrainerState
+    from etude.cut import AsCollated, Packed
     from etude.notices import Notices
     from etude.precision import Precision
     from etude.recovery import SaveAttempts
@@ -56,6 +57,8 @@ class Composition:
     """Overridden methods that see batches or losses, so that the general path is taken."""
     path: Any
     """How a micro-batch is computed; None until the first one has been seen."""
+    cutter: AsCollated | Packed
+    """Cuts the batches of a step into micro-batches."""
     cut: dict[str, Any]
     """How a step is cut into micro-batches, as recorded in checkpoints."""
     run_record: dict[str, Any]
@@ -81,6 +84,7 @@ class Composition:
         def get_test_dataloader(self, test_dataset: Any) -> Any: ...
         def compute_loss_context_manager(self) -> AbstractContextManager[Any]: ...
         def _prepare_inputs(self, inputs: Any) -> Any: ...
+        def choose_path(self, inputs: Any) -> None: ...
         def items_tensor(self, num_items: int | None) -> torch.Tensor | None: ...
         def compute_loss(
             self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -9,28 +9,39 @@ from typing import Any
 import torch
 from torch import nn
 
+from etude.cut import AsCollated, Packed
 from etude.data.batching import count_items
 from etude.errors import DataError
 from etude.hooks.base import Composition, accepts, as_tuple
 from etude.model import loss as model_loss
+from etude.model.memory import TokenBudget
+from etude.model.packing import PackedBatch
+
+DETERMINISTIC_TOKENS = 8192
+"""Token budget of a deterministic run on a GPU, where none is given."""
 
 
 class ForwardHooks(Composition):
     """The forward and backward pass, on the path decided on the first batch."""
 
     def run_training_step(self, inputs: Any, num_items: int | None) -> torch.Tensor:
-        """One micro-batch through `training_step`, on the path decided on the first one."""
-        if self.path is None:
-            self._choose_path(inputs)
-        share: torch.Tensor = self.call_hook(
-            self.training_step, self.model_wrapped, inputs, num_items_in_batch=self.items_tensor(num_items)
-        )
+        """One micro-batch through `training_step`."""
+        items = num_items if isinstance(inputs, PackedBatch) else self.items_tensor(num_items)
+        if isinstance(self.cutter, Packed):
+            self.cutter.budget.before_micro_batch()
+        share: torch.Tensor = self.call_hook(self.training_step, self.model_wrapped, inputs, num_items_in_batch=items)
+        if isinstance(inputs, PackedBatch) and isinstance(self.cutter, Packed):
+            decided = self.cutter.budget.after_micro_batch(sum(inputs.lengths))
+            if decided is not None:
+                self.notices.say(decided)
+                self.cut |= self.cutter.record()
         return share
 
     def items_tensor(self, num_items: int | None) -> torch.Tensor | None:
         return None if num_items is None else torch.tensor(num_items, device=self.args.device)
 
-    def _choose_path(self, inputs: Any) -> None:
+    def choose_path(self, inputs: Any) -> None:
+        """Decide, on the first real batch, which path computes the run and how its steps are cut."""
         from etude.model.paths import choose_path
 
         overridden = self.overridden + (("compute_loss_func",) if self.compute_loss_func is not None else ())
@@ -44,7 +55,8 @@ class ForwardHooks(Composition):
             sample_inputs=dict(on_device) if isinstance(on_device, Mapping) else {},
             training_dtype=self.precision.autocast_dtype,
         )
-        self.cut["path"] = self.path.name
+        self.cutter = self._build_cutter(recorded)
+        self.cut |= {"path": self.path.name, **self.cutter.record()}
         self.notices.say(f"{self.path.name} path: {'; '.join(self.path.reasons)}")
         for name, was in recorded.items():
             if self.cut.get(name) != was:
@@ -53,6 +65,15 @@ class ForwardHooks(Composition):
                 )
         if self.path.name == "general" and self._divides_by_items is None:
             self._divides_by_items = model_loss.divides_by_num_items(self.model, on_device, self.precision.autocast())
+
+    def _build_cutter(self, recorded: Mapping[str, Any]) -> AsCollated | Packed:
+        as_collated = AsCollated(self.shifts_labels, recorded.get("rows_per_micro_batch"))
+        if self.path.name != "packed":
+            return as_collated
+        given = self.args.tokens_per_micro_batch or recorded.get("tokens_per_micro_batch")
+        if given is None and self.args.deterministic and self.args.device.type == "cuda":
+            given = DETERMINISTIC_TOKENS  # a measured budget could be another in the next run
+        return Packed(TokenBudget(self.args.device, given), as_collated)
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
@@ -64,7 +85,7 @@ class ForwardHooks(Composition):
             for_training()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            if self.path is not None and self.path.name == "packed" and num_items_in_batch is not None:
+            if isinstance(inputs, PackedBatch):
                 loss = self.path.loss(model, inputs, num_items_in_batch)
             else:
                 loss = self._general_loss(model, inputs, num_items_in_batch)
@@ -136,7 +157,7 @@ class ForwardHooks(Composition):
         return prepared
 
     def _prepare_input(self, data: Any) -> Any:
-        if torch.is_tensor(data):
+        if torch.is_tensor(data) or isinstance(data, PackedBatch):
             return data.to(self.args.device, non_blocking=True)
         if isinstance(data, Mapping):
             return type(data)({key: self._prepare_input(value) for key, value in data.items()})  # type: ignore[call-arg]

@@ -44,10 +44,13 @@ class PackedBatch:
     targets: Tensor
     """(N): those labels."""
 
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """A copy on `device`."""
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+        """A copy on `device`; to a GPU through pinned memory, so that the host does not wait for it."""
+        pins = non_blocking and torch.device(device).type == "cuda"
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: (value.pin_memory() if pins else value).to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
