@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import EOS, V, tiny_gemma3, tiny_llama, tiny_tokenizer, with_lora
 
 from etude.cli.demo import cells, demo, summary
 from etude.demo import base_model, gguf_weights, run, task
 from etude.demo.generation import continue_greedily, generate, merged_adapter
 from etude.errors import ConfigError, MissingDependencyError, ModelError
+from tiny import EOS, V, tiny_gemma3, tiny_llama, tiny_tokenizer, with_lora
 
 # -- the task ----------------------------------------------------------------------------------------------------------
 
@@ -34,8 +34,8 @@ def test_the_first_example_stays_what_it_is() -> None:
 
 
 FIRST_HELDOUT = (
-    "Lunch with Maria",
-    "",
+    "On Wednesday I have coffee with Paul at quarter to 9 in the evening",
+    '{"event":"coffee","who":"Paul","day":"Wed","time":"20:45"}',
 )
 
 
@@ -335,7 +335,9 @@ def test_an_interrupted_unpacking_leaves_nothing_under_the_name_of_the_model(
     assert len(quick_unpacking) == 1
 
 
-def test_leftovers_of_killed_runs_are_removed_and_younger_ones_kept(quick_unpacking: list[Path], tmp_path: Path) -> None:
+def test_leftovers_of_killed_runs_are_removed_and_younger_ones_kept(
+    quick_unpacking: list[Path], tmp_path: Path
+) -> None:
     old, young = tmp_path / f".{base_model.FOLDER}-old", tmp_path / f".{base_model.FOLDER}-young"
     for leftover in (old, young):
         leftover.mkdir()

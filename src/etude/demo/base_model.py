@@ -107,7 +107,7 @@ def _unpack(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=cache) as temporary:
         complete = Path(temporary) / "complete"
         complete.mkdir(mode=0o700)
-        _write_model(Path(temporary), complete)
+        write_model(Path(temporary), complete)
         if folder.exists() and find_damage(folder) is None:
             return  # another process was faster
         if folder.exists():
@@ -115,7 +115,8 @@ def _unpack(folder: Path) -> None:
         complete.rename(folder)
 
 
-def _write_model(workplace: Path, folder: Path) -> None:
+def write_model(workplace: Path, folder: Path) -> None:
+    """Weights, configuration, tokenizer and terms into `folder`; `workplace` takes what is needed on the way."""
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
@@ -125,6 +126,11 @@ def _write_model(workplace: Path, folder: Path) -> None:
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(workplace, gguf_file=gguf_file.name).save_pretrained(folder)
     (folder / "NOTICE").write_text(f"{TERMS}\n", encoding="utf-8")
+    write_manifest(folder)
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and hash of every file of the folder."""
     files = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2), encoding="utf-8")
 

@@ -12,7 +12,6 @@ Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,6 +56,11 @@ CONFIG_FIELDS = {
     "sliding_window": "attention.sliding_window",
     "max_position_embeddings": "context_length",
 }
+SPECIAL_TOKENS = {
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "padding_token_id",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Header:
     data_start: int
 
 
-def read_header(content: mmap.mmap | bytes) -> Header:
+def read_header(content: bytes) -> Header:
     """Read everything in front of the data.
 
     Raises:
@@ -106,9 +110,9 @@ def read_weights(gguf_file: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor]
         ModelError: the file is damaged, or of another kind of model.
     """
     require("gguf", purpose="the demo's base model", install="pip install 'etude[demo]'")
-    with gguf_file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        header = read_header(content)
-        weights = dict(_unpacked(content, header, dtype))
+    content = gguf_file.read_bytes()
+    header = read_header(content)
+    weights = dict(_unpacked(content, header, dtype))
     return weights, gemma3_config(
         header.metadata, vocab_size=weights["model.embed_tokens.weight"].shape[0], dtype=dtype
     )
@@ -131,13 +135,6 @@ def gemma3_config(metadata: dict[str, Any], *, vocab_size: int, dtype: torch.dty
     )
 
 
-SPECIAL_TOKENS = {
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "padding_token_id",
-}
-
-
 def transformers_name(gguf_name: str) -> str:
     """`model.layers.3.mlp.up_proj.weight` for `blk.3.ffn_up.weight`.
 
@@ -152,7 +149,7 @@ def transformers_name(gguf_name: str) -> str:
     return f"model.layers.{layer}.{LAYER_WEIGHTS[part]}.weight"
 
 
-def _unpacked(content: mmap.mmap, header: Header, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _unpacked(content: bytes, header: Header, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -161,21 +158,21 @@ def _unpacked(content: mmap.mmap, header: Header, dtype: torch.dtype) -> Iterato
         values_per_block, bytes_per_block = GGML_QUANT_SIZES[quantization]
         *outer, inner = tensor.shape
         packed_shape = (*outer, inner // values_per_block * bytes_per_block)
-        packed = np.frombuffer(
-            content, dtype=np.uint8, count=math.prod(packed_shape), offset=header.data_start + tensor.offset
-        ).reshape(packed_shape)
+        start, num_bytes = header.data_start + tensor.offset, math.prod(packed_shape)
+        if start + num_bytes > len(content):
+            raise ModelError(f"the base model's GGUF file ends before the weight {tensor.name}")
+        packed = np.frombuffer(content, dtype=np.uint8, count=num_bytes, offset=start).reshape(packed_shape)
         values = torch.from_numpy(np.array(dequantize(packed, quantization), dtype=np.float32))
         name = transformers_name(tensor.name)
         # llama.cpp stores the factor of a normalisation, Gemma 3 in transformers its difference from one.
         yield name, (values - 1 if name.endswith("norm.weight") else values).to(dtype)
-        del packed  # a map cannot be closed while an array looks into it
 
 
 @dataclass
 class _Cursor:
     """Reads one value after the other."""
 
-    content: mmap.mmap | bytes
+    content: bytes
     position: int
 
     def take(self, code: str) -> Any:
