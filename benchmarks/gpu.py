@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.shapes import WORKS, Work, collate, rows_of
 
-CONTENDERS = ("etude", "etude-general", "transformers", "transformers-gc", "liger")
+CONTENDERS = ("etude", "etude-eager", "etude-general", "transformers", "transformers-gc", "liger")
 
 
 class Clock:
@@ -84,6 +84,7 @@ def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -
         from etude import Trainer, TrainingArguments
 
         settings["fast_path"] = name != "etude-general"
+        settings["torch_compile"] = name == "etude"
         if args.deterministic:
             settings["deterministic"] = True
     else:

@@ -124,7 +124,8 @@ class ArgumentFields:
         default=None, metadata=_help("Another name of activation_checkpointing_kwargs.")
     )
     torch_compile: bool = field(
-        default=False, metadata=_help("No effect: the decoder layers are compiled where it pays.")
+        default=False,
+        metadata=_help("True compiles the decoder layers from the first step; if not given, they are where it pays."),
     )
     torch_compile_backend: str | None = field(
         default=None,

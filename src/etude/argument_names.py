@@ -105,7 +105,7 @@ _MAPPED = _words(
     dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
     remove_unused_columns label_names train_sampling_strategy length_column_name
-    skip_memory_metrics do_train do_eval do_predict
+    torch_compile skip_memory_metrics do_train do_eval do_predict
     warmup_ratio logging_dir overwrite_output_dir
     on_nonfinite deterministic hf_checkpoint_files tokens_per_micro_batch fast_path
     """
@@ -121,7 +121,6 @@ FIELDS: Final[dict[str, ArgumentName]] = {
         *(ArgumentName(name, "mapped") for name in _MAPPED),
         _alias("gradient_checkpointing", "activation_checkpointing"),
         _alias("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
-        _accepted("torch_compile", _COMPILES_ITSELF),
         _accepted("torch_compile_backend", _COMPILES_ITSELF),
         _accepted("torch_compile_mode", _COMPILES_ITSELF),
         _accepted("use_liger_kernel", "etude's own loss head and kernels are used where a probe shows them equal"),

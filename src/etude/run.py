@@ -14,14 +14,18 @@ import torch
 from etude.data.batching import MicroBatch, StepBatches
 from etude.data.loader import has_length
 from etude.data.randomness import derive_seed
-from etude.errors import ConfigError, DataError, Interrupted
+from etude.errors import ConfigError, DataError, Interrupted, is_out_of_memory
 from etude.interrupts import Interrupts, StopNow
 
 if TYPE_CHECKING:
+    from etude.kernels.plan import CompileSwitch
     from etude.optim.gradient import Gradient
     from etude.outputs import TrainOutput
     from etude.precision import LossScaler
     from etude.trainer import Trainer
+
+
+COMPILER_MODULES = ("torch._dynamo", "torch._inductor", "triton")
 
 
 class Step(NamedTuple):
@@ -101,6 +105,7 @@ class Run:
         self.scaler, self.interrupts = scaler, interrupts
         self.first_epoch, self.first_batch = 0, 0
         self.stream_state: dict[str, Any] | None = None
+        self.compile_switch: CompileSwitch | None = None
         self.stop_was_requested = False
         self.recorded_cut: dict[str, Any] = {}
         """The cut of the checkpoint this run goes on from; used again where it can be."""
@@ -154,6 +159,10 @@ class Run:
         if trainer.path is None:
             trainer.choose_path(batches[0].inputs)
             self.batches.cut = trainer.cutter.cut
+            self.compile_switch = trainer.build_compile_switch(self.plan.max_steps)
+        line = self.compile_switch.before_step(trainer.state.global_step + 1) if self.compile_switch else None
+        if line:
+            trainer.notices.say(line)
         for batch in batches:
             trainer.count_work(batch.inputs)
 
@@ -167,8 +176,17 @@ class Run:
         share: torch.Tensor = trainer.run_training_step(micro_batch.inputs, num_items)
         return share
 
-    def split(self, micro_batch: MicroBatch) -> list[MicroBatch] | None:
-        """Halves of a micro-batch that ran out of memory."""
+    def recover(self, error: Exception, micro_batch: MicroBatch) -> list[MicroBatch] | None:
+        """What to do instead of a micro-batch that failed: its halves where memory ran out, the same one without the
+        compiler where that failed; None where there is no way."""
+        plan = getattr(self.trainer.path, "plan", None)
+        if plan is not None and plan.is_compiled and type(error).__module__.startswith(COMPILER_MODULES):
+            plan.abandon_compilation()
+            self.trainer.notices.say(f"layers are not compiled after all: {str(error).strip().splitlines()[0]}")
+            return [micro_batch]
+        return self._halve(micro_batch) if is_out_of_memory(error) else None
+
+    def _halve(self, micro_batch: MicroBatch) -> list[MicroBatch] | None:
         trainer = self.trainer
         parts = trainer.cutter.split(micro_batch)
         if parts is not None:

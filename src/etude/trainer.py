@@ -206,6 +206,7 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
             until_the_end.callback(setattr, self, "is_in_train", False)
             run = self._build_run(resume_from_checkpoint, trial, ignore_keys_for_eval, until_the_end)
             self._introduce(run)
+            until_the_end.callback(self._undo_swaps)
             output = loop.train(run)
             if run.interrupts.requested is not None:
                 name = run.interrupts.requested.name
@@ -294,8 +295,13 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
             max_norm=args.max_grad_norm,
             stops_on_nonfinite=args.on_nonfinite == "stop",
             rows_of=batches.rows_of,
-            split=lambda micro_batch: cast(Run, self._run).split(micro_batch),
+            recover=lambda error, micro_batch: cast(Run, self._run).recover(error, micro_batch),
         )
+
+    def _undo_swaps(self) -> None:
+        plan = getattr(self.path, "plan", None)
+        if plan is not None:
+            plan.undo()
 
     def _introduce(self, run: Run) -> None:
         """The few lines that say what will happen."""

@@ -163,6 +163,20 @@ class Rows(ListDataset):
         return super().__getitem__(index)
 
 
+class Own(TrainerCallback):
+    """What a user's callback may do between two steps: evaluate by itself, or ask for a checkpoint by touching a file."""
+
+    def __init__(self, evaluates_at_step: int | None, touches_at_step: int | None) -> None:
+        self.trainer: Any = None
+        self.evaluates_at_step, self.touches_at_step = evaluates_at_step, touches_at_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.evaluates_at_step:
+            self.trainer.evaluate()
+        if state.global_step == self.touches_at_step:
+            Path(args.output_dir, "SAVE").touch()
+
+
 class Watched(Trainer):
     """Being in the middle of a save is a happening too."""
 
@@ -181,18 +195,20 @@ def build(
     model_seed: int = 1,
     **settings: Any,
 ) -> Any:
-    """The trainer of the run."""
+    """The trainer of the run. Beside the names of `TrainingArguments`, `settings` has those of this file's own."""
     happenings = happenings or Happenings([])
+    own = Own(settings.pop("evaluates_itself_at_step", None), settings.pop("touch_at_step", None))
+    eval_rows = {"a": EVAL_ROWS, "b": EVAL_ROWS[::-1]} if settings.pop("several_eval_sets", False) else EVAL_ROWS
     trainer = short_trainer(
         tiny_model(model_seed),
         Rows(ROWS, happenings),
-        eval_rows=EVAL_ROWS,
-        callbacks=[Watcher(happenings, fault)],
+        eval_rows=eval_rows,
+        callbacks=[own, Watcher(happenings, fault)],
         trainer_class=Watched,
         output_dir=str(output_dir.absolute()),  # the shim compares paths as they are given
         **(SETTINGS | settings),
     )
-    trainer.happenings = happenings
+    trainer.happenings, own.trainer = happenings, trainer
     return trainer
 
 

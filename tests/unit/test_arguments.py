@@ -252,7 +252,6 @@ ACCEPTED = {
     "mp_parameters": "x",
     "fsdp_min_num_params": 5,
     "fsdp_transformer_layer_cls_to_wrap": "Block",
-    "torch_compile": True,
     "torch_compile_backend": "inductor",
     "torch_compile_mode": "max-autotune",
     "use_liger_kernel": True,

@@ -49,9 +49,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except (EtudeError, Interrupted, USAGE_ERROR, typer.Abort, KeyboardInterrupt) as error:
         if debug:
             raise
-        code = exit_code(error)
-        typer.secho(f"{'stopped' if code >= 128 else 'error'}: {one_line(error)}", fg=typer.colors.RED, err=True)
-        return code
+        typer.secho(one_line(error), fg=typer.colors.RED, err=True)
+        return exit_code(error)
 
 
 def with_dashes(words: Sequence[str]) -> list[str]:
@@ -70,6 +69,10 @@ def exit_code(error: BaseException) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line."""
+    """What is said about an error, on one line."""
+    if isinstance(error, Interrupted):
+        return f"stopped after step {error.step}; the same command goes on from there"
+    if isinstance(error, (typer.Abort, KeyboardInterrupt)):
+        return "stopped"
     message = error.format_message() if hasattr(error, "format_message") else str(error)
-    return " ".join(message.split()) or "by the keyboard"
+    return "error: " + " ".join(message.split())

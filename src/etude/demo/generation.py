@@ -84,11 +84,9 @@ def continue_greedily(
         input_ids = chosen[:, None]
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return (
-        [_until(row, eos_token_id) for row in torch.stack(produced, dim=1).tolist()]
-        if produced
-        else [[]] * len(prompts)
-    )
+    if not produced:
+        return [[] for _ in prompts]
+    return [_until(row, eos_token_id) for row in torch.stack(produced, dim=1).tolist()]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from etude.cut import AsCollated, Packed
 from etude.data.batching import count_items
 from etude.errors import DataError
 from etude.hooks.base import Composition, accepts, as_tuple
+from etude.kernels.plan import CompileSwitch
 from etude.model import loss as model_loss
 from etude.model.memory import TokenBudget
 from etude.model.packing import PackedBatch
@@ -74,6 +75,14 @@ class ForwardHooks(Composition):
         if given is None and self.args.deterministic and self.args.device.type == "cuda":
             given = DETERMINISTIC_TOKENS  # a measured budget could be another in the next run
         return Packed(TokenBudget(self.args.device, given), as_collated)
+
+    def build_compile_switch(self, max_steps: int) -> CompileSwitch | None:
+        """When the decoder layers are compiled; None on the general path. A deterministic run never decides by the clock."""
+        if self.path.name != "packed":
+            return None
+        asked = bool(self.args.torch_compile)
+        automatic = not self.args.deterministic and "torch_compile" not in self.args.explicit
+        return CompileSwitch(self.path.plan, self.args.device, max_steps=max_steps, asked=asked, automatic=automatic)
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None

@@ -70,10 +70,17 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segme
     Raises:
         ModelError: the kernel in `segments` cannot do what `rule` asks for.
     """
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):  # what autocast does for SDPA it does not do for custom operators
-        query, key, value = (tensor.to(torch.get_autocast_dtype(device_type)) for tensor in (query, key, value))
+    query, key, value = as_autocast(query, key, value)
     return _KERNELS[segments.kernel](query, key, value, segments, rule)
+
+
+def as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What autocast does to the operands of SDPA it does not do for custom operators."""
+    device_type = query.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device_type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 # -- varlen -----------------------------------------------------------------------------------------------------------
@@ -82,9 +89,16 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segme
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: AttentionRule) -> Tensor:
     if rule.softcap is not None or rule.sinks is not None or rule.dropout > 0.0:
         raise ModelError("varlen attention has no logit cap, no attention sinks and no dropout")
-    window = rule.sliding_window
+    return varlen_attention(query, key, value, segments, rule.scaling, rule.sliding_window)
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+) -> Tensor:
+    """Flash attention over segments of any length. Of `segments` it reads only what is the same from step to step, and a
+    tensor: compiled layers are not compiled anew for other lengths."""
     hides_keys = window is not None and window < segments.max_length
-    offsets = segments.cu_seqlens.to(query.device)
+    offsets = segments.cu_seqlens
     query_THD, key_TKD, value_TKD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     attended_THD = _varlen_attention()(
         query_THD,
@@ -94,7 +108,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule:
         offsets,
         segments.max_length,
         segments.max_length,
-        scale=rule.scaling,
+        scale=scaling,
         window_size=(window - 1, 0) if window is not None and hides_keys else (-1, 0),
     )
     return attended_THD[None]

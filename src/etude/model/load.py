@@ -60,8 +60,12 @@ def load_base_model(
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
 
-    settings, options["local_files_only"] = _config_dict(name, options)
-    require_trusted(settings, name, trust_remote_code)
+    if gguf_file is None:
+        settings, options["local_files_only"] = _config_dict(name)
+        require_trusted(settings, name, trust_remote_code)
+    else:
+        # A GGUF file names no code. Its header holds the whole vocabulary and takes seconds to parse, once less here.
+        options["local_files_only"] = _is_here(name, gguf_file)
     config = _config(name, options)
     model_options = attention_of(config, name, trust_remote_code) | options
     if gguf_file is None:
@@ -126,27 +130,33 @@ def _require_base_model_folder(name: str, gguf_file: str | None) -> None:
         raise ModelError(f"{name}: no {wanted} in this folder (it has {', '.join(found) or 'nothing'}){way_out}")
 
 
-def _config_dict(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def _is_here(name: str, file: str) -> bool:
+    """Whether a file of a model is in its folder or in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return Path(name).is_dir() or isinstance(try_to_load_from_cache(name, file), str)
+
+
+def _config_dict(name: str) -> tuple[dict[str, Any], bool]:
     """The raw config, and whether it came from this machine alone (a folder or the cache)."""
     from transformers import PreTrainedConfig
 
-    gguf = {key: options[key] for key in ("gguf_file",) if key in options}
-    for local_files_only in (True, False):
+    is_folder = Path(name).is_dir()
+    for local_files_only in (True,) if is_folder else (True, False):
         try:
-            settings, _ = PreTrainedConfig.get_config_dict(name, local_files_only=local_files_only, **gguf)
+            settings, _ = PreTrainedConfig.get_config_dict(name, local_files_only=local_files_only)
         except (OSError, ValueError, KeyError) as error:
-            if Path(name).is_dir():
-                raise ModelError(f"{name}: config.json cannot be read: {_first_line(error)}") from error
-            if not local_files_only:
-                raise ModelError(
-                    f"{name}: not a folder here, not in the local cache, and the Hub did not give it "
-                    f"({_first_line(error)}); check the name, or download it where there is a network"
-                ) from error
+            reason = _first_line(error)
         else:
-            # get_config_dict answers {} where a repository has no config.json.
-            if settings or not local_files_only:
+            if settings:
                 return settings, local_files_only
-    raise AssertionError("unreachable")
+            reason = "it has no config.json"
+    if is_folder:
+        raise ModelError(f"{name}: config.json cannot be read: {reason}")
+    raise ModelError(
+        f"{name}: not a folder here, not in the local cache, and the Hub did not give it ({reason}); "
+        "check the name, or download it where there is a network"
+    )
 
 
 def _config(name: str, options: dict[str, Any]) -> Any:

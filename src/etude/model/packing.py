@@ -22,7 +22,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from etude.errors import ModelError
-from etude.kernels.attention import PER_SEQUENCE, AttentionRule, Segments, segment_attention
+from etude.kernels.attention import (
+    PER_SEQUENCE,
+    VARLEN,
+    AttentionRule,
+    Segments,
+    as_autocast,
+    segment_attention,
+    varlen_attention,
+)
 
 ATTENTION_NAME = "etude_segments"
 IGNORED_LABEL = -100
@@ -56,7 +64,8 @@ class PackedBatch:
 
     def segments(self, kernel: str = PER_SEQUENCE, *, windows_seen: list[int | None] | None = None) -> Segments:
         """What the attention function needs to know about this batch."""
-        longest = max(self.lengths, default=0)
+        # A power of two: what is compiled for it serves other batches too. Kernels take it as an upper bound.
+        longest = 1 << (max(self.lengths, default=1) - 1).bit_length()
         return Segments(self.cu_seqlens, self.lengths, longest, kernel=kernel, windows_seen=windows_seen)
 
 
@@ -132,6 +141,8 @@ def attend(
         raise ModelError(f"{type(module).__name__} adds a position bias to its attention")
     if segments.windows_seen is not None:
         segments.windows_seen.append(sliding_window)
+    if segments.kernel == VARLEN and softcap is None and s_aux is None and dropout == 0.0:
+        return varlen_attention(*as_autocast(query, key, value), segments, scaling, sliding_window), None
     rule = AttentionRule(scaling, sliding_window, softcap, s_aux, dropout)
     return segment_attention(query, key, value, segments, rule), None
 

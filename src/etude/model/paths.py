@@ -20,6 +20,7 @@ from torch.nn import functional
 from etude.errors import DataError, ModelError
 from etude.kernels.attention import kernels_for
 from etude.kernels.cross_entropy import linear_cross_entropy, linear_logits
+from etude.kernels.plan import KernelPlan, plan_kernels
 from etude.model.capabilities import (
     causal_model,
     decoder_of,
@@ -48,8 +49,11 @@ class PackedPath:
 
     name = "packed"
 
-    def __init__(self, model: nn.Module, *, kernel: str, head: str, note: str = "") -> None:
+    def __init__(
+        self, model: nn.Module, *, kernel: str, head: str, plan: KernelPlan | None = None, note: str = ""
+    ) -> None:
         self.kernel, self.head = kernel, head
+        self.plan = plan = KernelPlan() if plan is None else plan
         self.switch = AttentionSwitch(model)
         heads = {
             CHUNKED: "chunked cross entropy on labelled tokens",
@@ -59,6 +63,7 @@ class PackedPath:
             "padding removed, samples packed",
             f"attention: {kernel.replace('_', ' ')}",
             f"loss head: {heads[head]}" + (f" ({note})" if note else ""),
+            *plan.explain(),
         )
 
     def loss(self, model: nn.Module, inputs: dict[str, Tensor] | PackedBatch, num_items: int | Tensor) -> Tensor:
@@ -186,19 +191,25 @@ def probed_path(
     weight = causal_model(model).get_input_embeddings().weight
     is_rounded = training_dtype in HALF_PRECISION or weight.dtype in HALF_PRECISION
     tolerances = ROUNDED if is_rounded else EXACT
-    path = PackedPath(model, kernel=kernel, head=MODEL_LOGITS)
-    with _at_rest(model), torch.no_grad(), _autocast(weight.device, training_dtype):
-        num_items = len(batch.targets)
-        padded = model(**probe, num_items_in_batch=num_items)
-        padded_logits = padded.logits[probe["attention_mask"] != 0]
-        windows: list[int | None] = []
-        logits = path.logits(model, batch, windows_seen=windows)
-        _require_equal(logits, padded_logits, tolerances.logits, "packed and padded logits differ")
-        _require_windows(windows, decoder_of(causal_model(model)).config)
-        _require_isolation(path, model, batch, logits, tolerances.leak)
-        path = _with_best_head(path, model, batch, logits, tolerances.leak)
-        loss = path.loss(model, batch, num_items)
-        _require_equal(loss, padded.loss, tolerances.loss, "packed and padded loss differ")
+    plan = plan_kernels(model, decoder_of(causal_model(model)))
+    path = PackedPath(model, kernel=kernel, head=MODEL_LOGITS, plan=plan)
+    try:
+        with _at_rest(model), torch.no_grad(), _autocast(weight.device, training_dtype):
+            num_items = len(batch.targets)
+            padded = model(**probe, num_items_in_batch=num_items)
+            padded_logits = padded.logits[probe["attention_mask"] != 0]
+            plan.apply()
+            windows: list[int | None] = []
+            logits = path.logits(model, batch, windows_seen=windows)
+            _require_equal(logits, padded_logits, tolerances.logits, "packed and padded logits differ")
+            _require_windows(windows, decoder_of(causal_model(model)).config)
+            _require_isolation(path, model, batch, logits, tolerances.leak)
+            path = _with_best_head(path, model, batch, logits, tolerances.leak)
+            loss = path.loss(model, batch, num_items)
+            _require_equal(loss, padded.loss, tolerances.loss, "packed and padded loss differ")
+    except Exception:
+        plan.undo()
+        raise
     return path
 
 
@@ -268,9 +279,9 @@ def _with_best_head(
             path.hidden_states(model, batch), head.weight, bias_V=head.bias, softcap=head.softcap, scale=head.scale
         )
         if relative_difference(ours, logits) <= tolerance:
-            return PackedPath(model, kernel=path.kernel, head=CHUNKED)
+            return PackedPath(model, kernel=path.kernel, head=CHUNKED, plan=path.plan)
         obstacle = "the model does more to its logits than its config says"
-    return PackedPath(model, kernel=path.kernel, head=MODEL_LOGITS, note=obstacle)
+    return PackedPath(model, kernel=path.kernel, head=MODEL_LOGITS, plan=path.plan, note=obstacle)
 
 
 def relative_difference(values: Tensor, reference: Tensor) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from etude.errors import ModelError, NonFiniteError, is_out_of_memory
+from etude.errors import ModelError, NonFiniteError
 from etude.optim.clipping import clip_gradients
 from etude.precision import LossScaler
 
@@ -18,7 +18,8 @@ class Gradient:
     """Owns the gradients of the trainable parameters between two updates.
 
     `forward_backward(micro_batch, num_items)` returns the micro-batch's share of the step's loss, detached.
-    `rows_of(micro_batch)` names its rows for error messages, `split(micro_batch)` halves it when memory runs out. `clip` may replace the built-in clipping.
+    `rows_of(micro_batch)` names its rows for error messages, `recover(error, micro_batch)` gives what to do
+    instead of a micro-batch that failed (its halves, when memory ran out), or None. `clip` may replace the built-in clipping.
     """
 
     def __init__(
@@ -33,14 +34,14 @@ class Gradient:
         max_norm: float,
         stops_on_nonfinite: bool,
         rows_of: Callable[[Any], list[int]],
-        split: Callable[[Any], list[Any] | None],
+        recover: Callable[[Exception, Any], list[Any] | None],
         clip: Callable[[list[nn.Parameter], float], torch.Tensor] | None = None,
     ) -> None:
         self.model, self.parameters = model, list(parameters)
         self.forward_backward, self.device = forward_backward, device
         self.scaler, self.optimizer, self.max_norm = scaler, optimizer, max_norm
         self.stops_on_nonfinite, self.rows_of = stops_on_nonfinite, rows_of
-        self.split = split
+        self.recover = recover
         self.clip = clip or clip_gradients
         self.shares: list[tuple[Any, torch.Tensor]] = []
         self._must_reach_adapters = True
@@ -62,19 +63,17 @@ class Gradient:
         try:
             share = self.forward_backward(micro_batch, num_items).detach().float()
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            parts = self.split(micro_batch)
-            if parts is None:
+            instead = self.recover(error, micro_batch)
+            if instead is None:
                 raise
         else:
             self.shares.append((micro_batch, share))
             return share.to(self.device)
         self._restore_gradient(num_items)
-        return torch.stack([self.accumulate(part, num_items) for part in parts]).sum()
+        return torch.stack([self.accumulate(part, num_items) for part in instead]).sum()
 
     def _restore_gradient(self, num_items: int | None) -> None:
-        """A backward pass that ran out of memory has added to some gradients: make them anew from the start of the step."""
+        """A backward pass that failed half-way has added to some gradients: make them anew from the start of the step."""
         self.model.zero_grad(set_to_none=True)
         for micro_batch, _ in self.shares:
             self.forward_backward(micro_batch, num_items)
