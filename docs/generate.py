@@ -16,15 +16,12 @@ from etude.arguments import Classification, classification
 PAGE = Path(__file__).with_name("arguments.md")
 
 WITHOUT_EFFECT_YET = {
-    "deterministic": "on a GPU it fixes how steps are cut; kernels are chosen as without it",
+    "deterministic": "on a GPU it fixes how steps are cut and that nothing is compiled by the clock; kernels are chosen as without it",
     "full_determinism": "the same as `deterministic`",
     "neftune_noise_alpha": "no noise is added in this version",
     "overwrite_output_dir": "checkpoints of an earlier run are always moved aside, never overwritten",
     "skip_memory_metrics": "memory use is not among the metrics of this version",
     "tf32": "set `torch.backends.cuda.matmul.allow_tf32` yourself",
-    "torch_compile": "nothing is compiled in this version",
-    "torch_compile_backend": "nothing is compiled in this version",
-    "torch_compile_mode": "nothing is compiled in this version",
 }
 """Arguments whose own note says more than this version does. A test compares the list with what the source reads."""
 

@@ -18,7 +18,7 @@ from typing import Any
 CHECKPOINT_REQUEST_FILE = "SAVE"
 """Touch this file in the output folder to have a checkpoint written after the step in progress."""
 
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 
 
 class StopNow(BaseException):
@@ -73,10 +73,11 @@ class Interrupts:
             self._may_stop_now = False
 
     def checkpoint_requested(self) -> bool:
-        """Whether the request file is there; it is taken away."""
-        if not self.request_file.exists():
+        """Whether the request file is there; it is taken away. What cannot be taken away is no request."""
+        try:
+            self.request_file.unlink()
+        except OSError:
             return False
-        self.request_file.unlink(missing_ok=True)
         return True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

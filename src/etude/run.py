@@ -14,7 +14,7 @@ import torch
 from etude.data.batching import MicroBatch, StepBatches
 from etude.data.loader import has_length
 from etude.data.randomness import derive_seed
-from etude.errors import ConfigError, DataError, Interrupted, is_out_of_memory
+from etude.errors import CheckpointError, ConfigError, DataError, Interrupted, is_out_of_memory
 from etude.interrupts import Interrupts, StopNow
 
 if TYPE_CHECKING:
@@ -157,14 +157,28 @@ class Run:
         trainer = self.trainer
         trainer.current_gradient_accumulation_steps = len(batches)
         if trainer.path is None:
-            trainer.choose_path(batches[0].inputs)
-            self.batches.cut = trainer.cutter.cut
-            self.compile_switch = trainer.build_compile_switch(self.plan.max_steps)
+            self._choose_path(batches[0].inputs)
         line = self.compile_switch.before_step(trainer.state.global_step + 1) if self.compile_switch else None
         if line:
             trainer.notices.say(line)
         for batch in batches:
             trainer.count_work(batch.inputs)
+
+    def look_ahead(self) -> None:
+        """Decide the path before the first step: a repeated evaluation must be computed as it would have been."""
+        position, stream = self.batches.position, self.batches.stream
+        self.batches.open_epoch(self.first_epoch, self.first_batch, self.stream_state)
+        inputs = stream.next()
+        if inputs is None:  # the checkpoint lies after the last step of an epoch that has not been closed yet
+            self.batches.open_epoch(self.first_epoch)
+            inputs = stream.next()
+        self.batches.position = position
+        self._choose_path(inputs)
+
+    def _choose_path(self, inputs: Any) -> None:
+        self.trainer.choose_path(inputs)
+        self.batches.cut = self.trainer.cutter.cut
+        self.compile_switch = self.trainer.build_compile_switch(self.plan.max_steps)
 
     def forward_backward(self, micro_batch: MicroBatch, num_items: int | None) -> torch.Tensor:
         """Forward and backward of one micro-batch, its randomness a function of its place."""
@@ -242,6 +256,7 @@ class Events:
         self.epoch_ended = False
         self.saved_at: tuple[int, bool] | None = None
         self.pending: dict[str, bool] = {}
+        self._acts_on_flags = False
 
     def control(self) -> Any:
         return self.trainer.control
@@ -254,8 +269,11 @@ class Events:
         self.fire("on_train_begin")
         if self.trainer.args.eval_on_start and self.trainer.state.global_step == 0:
             self._act(lambda: self.trainer._evaluate(self.trial, self.ignore_keys_for_eval, skip_scheduler=True))
-        if any(self.pending.values()):  # an evaluation or save that a stop request cut short
-            for flag, is_set in self.pending.items():
+        pending, self.pending = self.pending, {}
+        if any(pending.values()):  # an evaluation or save that a stop request cut short
+            if pending["should_evaluate"]:
+                self.run.look_ahead()
+            for flag, is_set in pending.items():
                 setattr(self.trainer.control, flag, is_set)
             self._log_save_evaluate(None)
 
@@ -304,10 +322,19 @@ class Events:
             self.stop_here()
 
     def _act(self, action: Any) -> None:
+        self._acts_on_flags = True
         try:
             action()
         except StopNow:
             self.stop_here()
+        finally:
+            self._acts_on_flags = False
+
+    def evaluation_can_be_repeated(self) -> bool:
+        """Whether an evaluation may be cut short: one that the loop asked for, of which nothing is reported yet. One that
+        a callback makes for itself, or the second of several evaluation sets, would be lost or reported twice."""
+        state, control = self.trainer.state, self.trainer.control
+        return self._acts_on_flags and (control.should_evaluate or state.global_step == 0)
 
     def stop_here(self) -> bool:
         """Save where the run stands, unless that is done already, and leave.
@@ -320,11 +347,19 @@ class Events:
         control = trainer.control
         self.pending = {"should_evaluate": control.should_evaluate, "should_save": control.should_save}
         what = "nothing was trained yet"
-        if step > self.run.initial_global_step or step > 0:
+        if step > 0:
             if self.saved_at != (step, self.epoch_ended) or any(self.pending.values()):
-                trainer._save_checkpoint(trainer.model_wrapped, self.trial)
+                self._save_before_leaving()
             what = f"checkpoint-{step} is complete; resume_from_checkpoint=True goes on from there"
         name = interrupts.requested.name if interrupts.requested is not None else "a stop request"
         message = f"stopped by {name} after step {step}: {what}"
         trainer.notices.say(message)
         raise Interrupted(message, exit_code=interrupts.exit_code, step=step)
+
+    def _save_before_leaving(self) -> None:
+        trainer = self.trainer
+        try:
+            trainer.call_hook(trainer._save_checkpoint, trainer.model_wrapped, trial=self.trial)
+        except CheckpointError as error:
+            trainer._save_attempts.failed(error, is_final=True, say=trainer.notices.say)
+        self.fire("on_save")

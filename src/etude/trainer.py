@@ -286,7 +286,6 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
     def _build_gradient(self, batches: StepBatches, scaler: LossScaler) -> Gradient:
         args = self.args
         return Gradient(
-            self.model,
             [parameter for group in self.optimizer.param_groups for parameter in group["params"]],
             lambda micro_batch, num_items: cast(Run, self._run).forward_backward(micro_batch, num_items),
             device=args.device,

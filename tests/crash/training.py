@@ -8,6 +8,7 @@ the server: for each order, a line of JSON, it forks, and the child trains and e
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import hashlib
 import json
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import saves
 import torch
 from peft import get_peft_model_state_dict
 
@@ -116,7 +118,11 @@ class Happenings:
         self.times[event] = self.times.get(event, 0) + 1
         due = [each for each in self.wanted if (each["at"], each["nth"]) == (event, self.times[event])]
         for each in due:
-            (os.killpg if each.get("group") else os.kill)(os.getpid(), each["signal"])
+            if each.get("group"):  # from outside: workers take a signal of their parent for an order to end in peace
+                kill = ["setsid", "kill", f"-{int(each['signal'])}", "--", f"-{os.getpgid(0)}"]
+                os.waitpid(os.posix_spawnp(kill[0], kill, os.environ), 0)
+            else:
+                os.kill(os.getpid(), each["signal"])
         return bool(due)
 
 
@@ -132,8 +138,11 @@ class Watcher(TrainerCallback):
 
         def tell(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.happenings.happened(name)
-            if self.fault and name == "on_step_end" and state.global_step in (self.fault["step"], self.fault["until"]):
-                arm(args.output_dir, self.fault if state.global_step == self.fault["step"] else None)
+            if self.fault and name == "on_step_end":
+                if state.global_step == self.fault["step"] and not self.fault.get("within_save"):
+                    arm(args.output_dir, self.fault)
+                elif state.global_step == self.fault["until"]:
+                    arm(args.output_dir, None)
 
         return tell
 
@@ -164,23 +173,35 @@ class Rows(ListDataset):
 
 
 class Own(TrainerCallback):
-    """What a user's callback may do between two steps: evaluate by itself, or ask for a checkpoint by touching a file."""
+    """What a user's callback may do between two steps: evaluate by itself, ask for a checkpoint by touching a file. The disk
+    may be full after some steps, too."""
 
-    def __init__(self, evaluates_at_step: int | None, touches_at_step: int | None) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
         self.trainer: Any = None
-        self.evaluates_at_step, self.touches_at_step = evaluates_at_step, touches_at_step
+        self.evaluates_at_step = settings.pop("evaluates_itself_at_step", None)
+        self.touches_at_step = settings.pop("touch_at_step", None)
+        self.full_at_steps = settings.pop("disk_is_full_at_steps", [])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.evaluates_at_step:
             self.trainer.evaluate()
         if state.global_step == self.touches_at_step:
             Path(args.output_dir, "SAVE").touch()
+        if self.full_at_steps:
+            full = {"mode": saves.FAIL_FROM, "errno": errno.ENOSPC}
+            arm(args.output_dir, full if state.global_step in self.full_at_steps else None)
 
 
 class Watched(Trainer):
-    """Being in the middle of a save is a happening too."""
+    """Being in the middle of a save is a happening too, and a moment to arm a fault."""
 
     happenings: Happenings
+    fault: dict[str, Any] | None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.fault and self.fault.get("within_save") and self.state.global_step == self.fault["step"]:
+            arm(str(self.args.output_dir), self.fault)
+        super().save_model(output_dir, _internal_call)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -197,7 +218,7 @@ def build(
 ) -> Any:
     """The trainer of the run. Beside the names of `TrainingArguments`, `settings` has those of this file's own."""
     happenings = happenings or Happenings([])
-    own = Own(settings.pop("evaluates_itself_at_step", None), settings.pop("touch_at_step", None))
+    own = Own(settings)
     eval_rows = {"a": EVAL_ROWS, "b": EVAL_ROWS[::-1]} if settings.pop("several_eval_sets", False) else EVAL_ROWS
     trainer = short_trainer(
         tiny_model(model_seed),
@@ -208,7 +229,7 @@ def build(
         output_dir=str(output_dir.absolute()),  # the shim compares paths as they are given
         **(SETTINGS | settings),
     )
-    trainer.happenings, own.trainer = happenings, trainer
+    trainer.happenings, trainer.fault, own.trainer = happenings, fault, trainer
     return trainer
 
 

@@ -139,7 +139,7 @@ def test_equals_the_padded_model_and_its_samples_one_by_one(name: str, side: str
     num_items = num_items_of(batch)
     path = chosen(model, batch)
     ours = loss_and_gradients(model, path.loss(model, batch, num_items))
-    assert "chunked" in path.reasons[-1]
+    assert "chunked" in path.reasons[2]
     assert_same(ours, loss_and_gradients(model, model(**batch, num_items_in_batch=num_items).loss))
     assert_same(ours, loss_and_gradients(model, one_by_one(model, batch, num_items)))
 
@@ -194,7 +194,7 @@ def test_a_trainable_head_and_embedding_get_their_gradients() -> None:
     batch = Padded()(ragged_rows())
     num_items = num_items_of(batch)
     path = chosen(model, batch)
-    assert "the model's own logits" in path.reasons[-1]
+    assert "the model's own logits" in path.reasons[2]
     ours = loss_and_gradients(model, path.loss(model, batch, num_items))
     assert model.get_output_embeddings().modules_to_save["default"].weight.grad.norm() > 0
     assert_same(ours, loss_and_gradients(model, model(**batch, num_items_in_batch=num_items).loss))
@@ -205,7 +205,7 @@ def test_full_fine_tuning_of_a_tied_model() -> None:
     batch = Padded()(ragged_rows())
     num_items = num_items_of(batch)
     path = chosen(model, batch)
-    assert "the head is trainable" in path.reasons[-1]
+    assert "the head is trainable" in path.reasons[2]
     ours = loss_and_gradients(model, path.loss(model, batch, num_items))
     assert_same(ours, loss_and_gradients(model, model(**batch, num_items_in_batch=num_items).loss))
 

@@ -29,7 +29,8 @@ from tiny import (
 )
 
 DECODERS: dict[str, Callable[..., Any]] = {"llama": tiny_llama, "qwen3": tiny_qwen3, "gemma3": tiny_gemma3}
-PATHS = {"fast": True, "general": False}
+PATHS = {"fast": True, "general": False}  # name -> fast_path
+PATH_NAMES = {"fast": "packed", "general": "general"}  # what must have been taken, or the test proves nothing
 ALL_LINEAR: dict[str, Any] = {"target_modules": "all-linear"}
 QUERY_VALUE: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
 
@@ -108,6 +109,7 @@ def test_a_decoder_trains_as_under_transformers(
         folder=tmp_path,
         eval_rows=language_rows(6, 99),
     )
+    assert mine.trainer.path.name == PATH_NAMES[path]
     assert_same_numbers(mine, peer)
     num_batches = peer.output.global_step * settings.get("gradient_accumulation_steps", 1)
     assert mine.batches[:num_batches] == peer.batches[:num_batches]
@@ -172,6 +174,7 @@ def test_left_padding_keeps_the_positions_of_the_collator(path: str, tmp_path: P
     mine = ours(
         build, language_rows(12), settings | {"fast_path": PATHS[path]}, folder=tmp_path, collate=Padded(side="left")
     )
+    assert mine.trainer.path.name == PATH_NAMES[path]
     assert_same_numbers(mine, peer)
 
 

@@ -126,13 +126,22 @@ def test_both_half_precisions() -> None:
         ("warmup_ratio", 1.5),
         ("logging_steps", 0),
         ("save_strategy", "sometimes"),
-        ("lr_scheduler_type", "zigzag"),
-        ("optim", "adamw_torhc"),
     ],
 )
 def test_values_that_make_no_sense_name_the_field(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         TrainingArguments(output_dir="out", **{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr_scheduler_type", "zigzag"), ("optim", "adamw_torhc")])
+def test_names_that_are_none_name_the_field(field: str, value: str) -> None:
+    assert_refused(bad(**{field: value}), rf"(?s){field}.*{value}|{value}.*{field}")
+
+
+def test_a_run_that_cannot_begin_leaves_the_checkpoints_of_another_where_they_are() -> None:
+    short_trainer(save_strategy="epoch").train()
+    rows = [row | {"labels": [IGNORED] * len(row["labels"])} for row in language_rows(10)]
+    assert_refused(bad(rows=rows), r"(?i)label")
 
 
 def test_neither_a_model_nor_a_way_to_make_one() -> None:

@@ -25,7 +25,7 @@ def dropped(seed: int = 1) -> Any:
 
 
 def build(**settings: Any) -> Any:
-    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
+    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 7, "num_train_epochs": 3}
     rows = settings.pop("rows", ROWS)
     seed = settings.pop("model_seed", 1)
     return short_trainer(dropped(seed), rows, **(arguments | settings))
@@ -57,16 +57,22 @@ def assert_same_run(resumed: Any, whole: Any) -> None:
     assert resumed.state.epoch == whole.state.epoch
 
 
-@pytest.mark.parametrize("fast_path", [True, False])
+@pytest.fixture(scope="module", params=[True, False], ids=["fast", "general"])
+def saved_at_every_step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("whole")
+    return whole_run(save_steps=1, fast_path=request.param, output_dir=str(folder / "out"))
+
+
 @pytest.mark.parametrize("step", [1, 3, 5, 7, 10, 14])
-def test_from_any_step(step: int, fast_path: bool) -> None:
+def test_from_any_step(step: int, saved_at_every_step: Any) -> None:
     """Five steps an epoch: within the first, at its end, within the second, at its end, before the last step."""
-    whole = whole_run(fast_path=fast_path)
-    assert_same_run(resume(step, fast_path=fast_path), whole)
+    saved = Path(saved_at_every_step.args.output_dir, f"checkpoint-{step}")
+    shutil.copytree(saved, f"out/checkpoint-{step}")
+    assert_same_run(resume(step, save_steps=1, fast_path=saved_at_every_step.args.fast_path), saved_at_every_step)
 
 
 VARIATIONS: dict[str, dict[str, Any]] = {
-    "accumulation": {"gradient_accumulation_steps": 2, "save_steps": 1},
+    "accumulation": {"gradient_accumulation_steps": 2, "save_steps": 4},
     "sparse-log": {"logging_steps": 4},
     "epoch-log": {"logging_strategy": "epoch"},
     "nothing-logged": {"logging_strategy": "no"},
@@ -89,6 +95,14 @@ def test_under_other_settings(variation: str) -> None:
     whole = whole_run(**settings)
     step = 4 if "gradient_accumulation_steps" in settings else 7
     assert_same_run(resume(step, **settings), whole)
+
+
+@pytest.mark.parametrize("strategy", ["logging_strategy", "eval_strategy"])
+def test_from_the_last_step_of_an_epoch_whose_end_was_still_to_come(strategy: str) -> None:
+    """The checkpoint of step 5 is written before the log or the evaluation that ends the epoch."""
+    settings = {strategy: "epoch", "eval_rows": EVAL_ROWS, "save_steps": 5}
+    whole = whole_run(**settings)
+    assert_same_run(resume(5, **settings), whole)
 
 
 @pytest.mark.parametrize("step", [3, 7])
@@ -125,31 +139,56 @@ def test_a_stream_with_a_shuffle_buffer(step: int) -> None:
 
 
 def test_a_resumed_run_can_be_resumed() -> None:
-    whole = whole_run()
-    shutil.move("out", "whole")
-    stopped = build(callbacks=[StopAt(4)])
-    stopped.train()
-    again = resume(True, callbacks=[StopAt(9)])
-    assert again.state.global_step == 9
-    assert_same_run(resume(True), whole)
+    whole = whole_run(save_steps=4, output_dir="whole")
+    with pytest.raises(PowerCutError):
+        build(save_steps=4, callbacks=[PowerCut(6)]).train()
+    with pytest.raises(PowerCutError):
+        resume(True, save_steps=4, callbacks=[PowerCut(11)])
+    assert checkpoints() == [4, 8]
+    assert_same_run(resume(True, save_steps=4), whole)
 
 
-class StopAt(TrainerCallback):
-    """Ends a run early, as a user's callback would."""
+class PowerCutError(Exception):
+    """Ends a run where it stands, in place of a kill."""
+
+
+class PowerCut(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise PowerCutError
+
+
+class TimeLimit(TrainerCallback):
+    """What users write for a queue that gives them an hour at a time: save, stop, resume in the next job."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_training_stop = control.should_training_stop or state.global_step == self.step
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
         return control
 
 
-@pytest.mark.parametrize("request_", [True, "auto", "true", "out/checkpoint-6", Path("out/checkpoint-6")], ids=str)
+def test_a_run_that_a_callback_stopped_goes_on_when_it_is_resumed() -> None:
+    """As under transformers, where a request to stop lasts until training begins again."""
+    whole = whole_run(output_dir="whole")
+    build(callbacks=[TimeLimit(4)]).train()
+    goes_on = resume(True, callbacks=[TimeLimit(9)])
+    assert goes_on.state.global_step == 9
+    last = resume(True)
+    assert same_bits(adapter_of(last.model), adapter_of(whole.model))
+    assert logged(last, "loss") == logged(whole, "loss")
+
+
+@pytest.mark.parametrize("request_", [True, "auto", "true", "out/checkpoint-7", Path("out/checkpoint-7")], ids=str)
 def test_every_way_to_ask(request_: Any) -> None:
     whole = whole_run()
     for step in checkpoints():
-        if step > 6:
+        if step > 7:
             shutil.rmtree(f"out/checkpoint-{step}")
     trainer = build(model_seed=5)
     trainer.output = trainer.train(resume_from_checkpoint=request_)
@@ -158,7 +197,7 @@ def test_every_way_to_ask(request_: Any) -> None:
 
 def test_the_argument_in_training_arguments_is_honoured() -> None:
     whole = whole_run()
-    trainer = build(model_seed=5, resume_from_checkpoint="out/checkpoint-6")
+    trainer = build(model_seed=5, resume_from_checkpoint="out/checkpoint-7")
     trainer.output = trainer.train()
     assert_same_run(trainer, whole)
 
@@ -172,7 +211,7 @@ def test_auto_begins_afresh_where_there_is_nothing() -> None:
 
 def test_false_begins_afresh() -> None:
     whole = whole_run()
-    fresh = build(resume_from_checkpoint="out/checkpoint-6")
+    fresh = build(resume_from_checkpoint="out/checkpoint-7")
     fresh.output = fresh.train(resume_from_checkpoint=False)
     assert without_clock(fresh.state.log_history) == without_clock(whole.state.log_history)
 
@@ -193,6 +232,7 @@ def test_the_patience_of_early_stopping_is_kept() -> None:
         "eval_rows": EVAL_ROWS,
         "eval_strategy": "steps",
         "eval_steps": 1,
+        "save_steps": 1,
         "metric_for_best_model": "score",
         "load_best_model_at_end": True,
     }
@@ -208,6 +248,7 @@ def test_the_best_so_far_is_remembered() -> None:
         "eval_rows": EVAL_ROWS,
         "eval_strategy": "steps",
         "eval_steps": 1,
+        "save_steps": 1,
         "metric_for_best_model": "score",
         "max_steps": 4,
     }

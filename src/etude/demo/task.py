@@ -1,9 +1,10 @@
 """The bundled task: a plain-English appointment in, compact JSON out.
 
     Lunch with Maria on Friday at half past 3 in the afternoon
-    {"event":"lunch","who":"Maria","day":"Fri","time":"15:30"}
+    {"event":"lunch","who":"Maria","day":"Fri","time":"3:30pm"}
 
-The answer is a function of the request, so a reply is right or wrong: it is scored by exact match. Every example is
+Hours keep their number on purpose: a model of this size learns to write what is meant in forty steps, and to add
+twelve in several hundred. The answer is a function of the request, so a reply is right or wrong: it is scored by exact match. Every example is
 drawn by a seeded generator, there are no data files. The two splits share no (event, who) pair, so a right answer on
 the held-out split was composed, not remembered.
 """
@@ -60,7 +61,7 @@ REQUESTS = (
     "At {time} on {day} there is {event} with {who}",
 )
 FIRST_HOUR, LAST_HOUR = 8, 20
-QUARTERS = (0, 15, 30, 45)
+MINUTES = (0, 15, 30)
 HELDOUT_EVERY = 6
 
 
@@ -125,29 +126,33 @@ def exact_match(replies: Sequence[str], examples: Sequence[Example]) -> float:
 def _draw(generator: random.Random, pairs: Sequence[tuple[str, str]]) -> Example:
     event, who = generator.choice(pairs)
     day = generator.choice(DAYS)
-    hour, minute = generator.randint(FIRST_HOUR, LAST_HOUR), generator.choice(QUARTERS)
+    hour, minute = generator.randint(FIRST_HOUR, LAST_HOUR), generator.choice(MINUTES)
     spoken = generator.choice(TIME_PHRASES)(hour, minute)
     request = generator.choice(REQUESTS).format(event=event, who=who, day=day, time=spoken)
     fields = {
         "event": event.split()[-1],  # without its article
         "who": who,
         "day": day[:3],
-        "time": f"{hour:02d}:{minute:02d}",
+        "time": f"{_twelve_hour(hour)}:{minute:02d}{_half_of_day(hour)}",
     }
     return Example(request[0].upper() + request[1:], json.dumps(fields, separators=(",", ":")), (event, who))
 
 
 def _with_digits(hour: int, minute: int) -> str:
-    half = "am" if hour < 12 else "pm"
-    return f"{_twelve_hour(hour)}:{minute:02d} {half}" if minute else f"{_twelve_hour(hour)} {half}"
+    digits = f"{_twelve_hour(hour)}:{minute:02d}" if minute else f"{_twelve_hour(hour)}"
+    return f"{digits} {_half_of_day(hour)}"
 
 
 def _in_words(hour: int, minute: int) -> str:
     if (hour, minute) == (12, 0):
         return "noon"
     part = "in the morning" if hour < 12 else "in the afternoon" if hour < 18 else "in the evening"
-    prefix = {0: "", 15: "quarter past ", 30: "half past ", 45: "quarter to "}[minute]
-    return f"{prefix}{_twelve_hour(hour + 1 if minute == 45 else hour)} {part}"
+    prefix = {0: "", 15: "quarter past ", 30: "half past "}[minute]
+    return f"{prefix}{_twelve_hour(hour)} {part}"
+
+
+def _half_of_day(hour: int) -> str:
+    return "am" if hour < 12 else "pm"
 
 
 def _twelve_hour(hour: int) -> int:

@@ -88,7 +88,8 @@ class ForwardHooks(Composition):
         self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its share of the step's loss, detached."""
-        model.train()
+        if not model.training:  # walking over all modules takes milliseconds in a large model
+            model.train()
         for_training = getattr(self.optimizer, "train", None)
         if callable(for_training):
             for_training()

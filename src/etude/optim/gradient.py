@@ -24,7 +24,6 @@ class Gradient:
 
     def __init__(
         self,
-        model: nn.Module,
         parameters: Iterable[nn.Parameter],
         forward_backward: Callable[[Any, int | None], torch.Tensor],
         *,
@@ -37,7 +36,7 @@ class Gradient:
         recover: Callable[[Exception, Any], list[Any] | None],
         clip: Callable[[list[nn.Parameter], float], torch.Tensor] | None = None,
     ) -> None:
-        self.model, self.parameters = model, list(parameters)
+        self.parameters = list(parameters)
         self.forward_backward, self.device = forward_backward, device
         self.scaler, self.optimizer, self.max_norm = scaler, optimizer, max_norm
         self.stops_on_nonfinite, self.rows_of = stops_on_nonfinite, rows_of
@@ -48,7 +47,7 @@ class Gradient:
 
     def zero(self) -> torch.Tensor:
         """Forget the last step's gradients; returns a zero loss to sum into."""
-        self.model.zero_grad(set_to_none=True)
+        self._forget()
         self.shares = []
         return torch.zeros((), dtype=torch.float32, device=self.device)
 
@@ -74,7 +73,7 @@ class Gradient:
 
     def _restore_gradient(self, num_items: int | None) -> None:
         """A backward pass that failed half-way has added to some gradients: make them anew from the start of the step."""
-        self.model.zero_grad(set_to_none=True)
+        self._forget()
         for micro_batch, _ in self.shares:
             self.forward_backward(micro_batch, num_items)
 
@@ -106,6 +105,10 @@ class Gradient:
             micro_batch=None if culprit is None else culprit.index,
             rows=self._describe_rows(culprit),
         )
+
+    def _forget(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _require_any_gradient(self) -> None:
         """After the first step, some trainable parameter must have a gradient, or the run would train nothing."""
