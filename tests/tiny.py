@@ -233,4 +233,15 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 
 
 def same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    return ours.keys() == theirs.keys() and not differing(ours, theirs)
+
+
+def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """As `assert same_bits(...)`, but a failure names the tensors instead of printing them."""
+    assert sorted(ours) == sorted(theirs)
+    names = differing(ours, theirs)
+    assert names == []

@@ -31,8 +31,9 @@ class AsCollated:
         rows = _common_rows(micro_batch.inputs)
         if rows is None or rows < 2:
             return None
-        self.max_rows = -(-rows // 2)
-        return self._parts(micro_batch, self.max_rows)
+        half = -(-rows // 2)
+        self.max_rows = half if self.max_rows is None else min(half, self.max_rows)
+        return self._parts(micro_batch, half)
 
     def record(self) -> dict[str, Any]:
         return {} if self.max_rows is None else {"rows_per_micro_batch": self.max_rows}
@@ -90,10 +91,12 @@ class Packed:
         batch = micro_batch.inputs
         if not isinstance(batch, PackedBatch):
             return self.as_collated.split(micro_batch)
-        num_samples = len(batch.lengths)
-        if not self.budget.halve(sum(batch.lengths)) or num_samples < 2:
+        num_samples, tokens = len(batch.lengths), sum(batch.lengths)
+        if tokens <= self.budget.tokens and not self.budget.halve(tokens):
+            return None  # what was cut before the budget fell is only cut down to it
+        if num_samples < 2:
             return None
-        halves = cut_step([batch], max(max(batch.lengths), -(-sum(batch.lengths) // 2)))
+        halves = cut_step([batch], max(max(batch.lengths), -(-tokens // 2)))
         if len(halves) < 2:
             middle = num_samples // 2
             spans = [(0, middle), (middle, num_samples)]

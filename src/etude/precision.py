@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,3 +128,22 @@ class DynamicLossScaler(LossScaler):
 def trainable_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
     """The parameters that training moves, in the model's order."""
     return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def use_number_settings(args: Any, until_the_end: ExitStack) -> None:
+    """Switch to deterministic kernels and to (or from) TF32 where asked; the process's own settings are put back.
+
+    Deterministic kernels give the same bits from run to run on one kind of GPU; on a CPU they are so anyway.
+    """
+    if args.tf32 is not None:
+        matmul = torch.backends.cuda.matmul
+        until_the_end.callback(setattr, matmul, "allow_tf32", matmul.allow_tf32)
+        matmul.allow_tf32 = args.tf32
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
+        cudnn = torch.backends.cudnn
+        was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        until_the_end.callback(torch.use_deterministic_algorithms, was[0], warn_only=was[1])
+        until_the_end.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+        cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=False)

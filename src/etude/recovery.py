@@ -83,9 +83,6 @@ def progress_of(trainer: Trainer, run: Run) -> dict[str, Any]:
         "loss_since_log": float(trainer._tr_loss),
         "loss_total": trainer._total_loss_scalar,
         "step_last_logged": trainer._globalstep_last_logged,
-        "stop_requested": bool(
-            trainer.control.should_training_stop and trainer.state.global_step < trainer.state.max_steps
-        ),
         "cut": trainer.cut,
         "run": trainer.run_record,
     }
@@ -183,7 +180,6 @@ def restore_run(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> None:
     run.events.learning_rate = progress["learning_rate"]
     run.events.saved_at = (state.global_step, progress["position"]["epoch_ended"])
     run.initial_global_step = state.global_step
-    run.stop_was_requested = progress["stop_requested"]
     position = f"epoch {run.first_epoch}, micro-batch {run.first_batch}"
     trainer.notices.say(f"resumed {folder.name}: step {state.global_step} of {run.plan.max_steps}, {position}")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from etude.data.batching import MicroBatch, StepBatches
+from etude.data.batching import MicroBatch, Position, StepBatches
 from etude.data.loader import has_length
 from etude.data.randomness import derive_seed
 from etude.errors import CheckpointError, ConfigError, DataError, Interrupted, is_out_of_memory
@@ -106,7 +106,7 @@ class Run:
         self.first_epoch, self.first_batch = 0, 0
         self.stream_state: dict[str, Any] | None = None
         self.compile_switch: CompileSwitch | None = None
-        self.stop_was_requested = False
+        self._is_open = False
         self.recorded_cut: dict[str, Any] = {}
         """The cut of the checkpoint this run goes on from; used again where it can be."""
         self.initial_global_step = trainer.state.global_step
@@ -118,15 +118,10 @@ class Run:
     def remaining_steps(self) -> Iterator[Step]:
         """The steps still to be made, with the events of their epochs around them."""
         state, control = self.trainer.state, self.events.control
-        if self.stop_was_requested:
-            self.trainer.notices.say(
-                f"a callback had stopped this run at step {state.global_step}; nothing is left to do"
-            )
-            control().should_training_stop = True
         for epoch in range(self.first_epoch, self.plan.num_epochs):
             if control().should_training_stop:
                 break
-            self.batches.open_epoch(epoch, self.first_batch, self.stream_state)
+            self._open(epoch)
             steps_done = self.first_batch // self.batches.accumulation
             self.first_batch, self.stream_state = 0, None
             self.events.epoch_begin()
@@ -145,7 +140,16 @@ class Run:
             if state.global_step >= self.plan.max_steps:
                 control().should_training_stop = True
 
+    def _open(self, epoch: int) -> None:
+        if self._is_open:
+            self._is_open = False
+            self.batches.position = Position(epoch, self.first_batch)
+        else:
+            self.batches.open_epoch(epoch, self.first_batch, self.stream_state)
+
     def _load_next_step(self) -> bool:
+        if self.batches.loaded():
+            return True
         try:
             with self.interrupts.stopping_at_once():
                 return self.batches.advance()
@@ -164,16 +168,35 @@ class Run:
         for batch in batches:
             trainer.count_work(batch.inputs)
 
-    def look_ahead(self) -> None:
-        """Decide the path before the first step: a repeated evaluation must be computed as it would have been."""
-        position, stream = self.batches.position, self.batches.stream
-        self.batches.open_epoch(self.first_epoch, self.first_batch, self.stream_state)
-        inputs = stream.next()
-        if inputs is None:  # the checkpoint lies after the last step of an epoch that has not been closed yet
-            self.batches.open_epoch(self.first_epoch)
-            inputs = stream.next()
-        self.batches.position = position
-        self._choose_path(inputs)
+    def load_first_step(self) -> None:
+        """Load the first step of the run and decide on it how everything is computed, before anything is written.
+
+        Raises:
+            DataError: every label of the first step is masked.
+        """
+        batches, position = self.batches, self.batches.position
+        batches.open_epoch(self.first_epoch, self.first_batch, self.stream_state)
+        if self._load_next_step():
+            self._require_labels(batches.loaded())
+            inputs = batches.loaded()[0].inputs
+        else:  # the checkpoint lies after the last step of an epoch that has not been closed yet
+            batches.open_epoch(self.first_epoch)
+            inputs = batches.stream.next()
+            batches.open_epoch(self.first_epoch, self.first_batch, self.stream_state)
+        batches.position = position  # nothing of it has been trained on
+        self._is_open = True
+        if inputs is not None:
+            self._choose_path(inputs)
+
+    def _require_labels(self, batches: list[MicroBatch]) -> None:
+        if not all(batch.num_items == 0 for batch in batches):
+            return
+        rows = [row for batch in batches for row in self.batches.stream.rows_of(batch.epoch, batch.number)]
+        where = f" (rows {', '.join(map(str, rows[:16]))})" if rows else ""
+        raise DataError(
+            f"every label of the first step{where} is masked (-100), so there is nothing to learn from. Is the answer cut "
+            "off by the maximum length, or the response template not found?"
+        )
 
     def _choose_path(self, inputs: Any) -> None:
         self.trainer.choose_path(inputs)
@@ -184,7 +207,7 @@ class Run:
         """Forward and backward of one micro-batch, its randomness a function of its place."""
         trainer = self.trainer
         if num_items == 0:
-            self._refuse_step_without_labels(micro_batch)
+            self._report_step_without_labels(micro_batch)
             return torch.zeros((), device=trainer.args.device)
         torch.manual_seed(derive_seed(trainer.args.seed, "model", *micro_batch.place))
         share: torch.Tensor = trainer.run_training_step(micro_batch.inputs, num_items)
@@ -211,15 +234,10 @@ class Run:
             )
         return parts
 
-    def _refuse_step_without_labels(self, micro_batch: MicroBatch) -> None:
+    def _report_step_without_labels(self, micro_batch: MicroBatch) -> None:
         step = self.trainer.state.global_step + 1
         rows = ", ".join(map(str, self.batches.rows_of(micro_batch)[:16]))
         where = f"step {step}" + (f" (rows {rows})" if rows else "")
-        if self.trainer.state.global_step == self.initial_global_step:
-            raise DataError(
-                f"every label of {where} is masked (-100), so there is nothing to learn from. Is the answer cut off by "
-                "the maximum length, or the response template not found?"
-            )
         self.trainer.notices.say_once(f"{where}: every label is masked, so this step changes nothing")
 
     def finish(self) -> TrainOutput:
@@ -271,8 +289,6 @@ class Events:
             self._act(lambda: self.trainer._evaluate(self.trial, self.ignore_keys_for_eval, skip_scheduler=True))
         pending, self.pending = self.pending, {}
         if any(pending.values()):  # an evaluation or save that a stop request cut short
-            if pending["should_evaluate"]:
-                self.run.look_ahead()
             for flag, is_set in pending.items():
                 setattr(self.trainer.control, flag, is_set)
             self._log_save_evaluate(None)

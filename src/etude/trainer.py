@@ -21,7 +21,7 @@ from etude.checkpoint.store import CheckpointStore
 from etude.cut import AsCollated
 from etude.data.batching import StepBatches
 from etude.data.collate import default_collator
-from etude.data.loader import TrainingStream
+from etude.data.loader import TrainingStream, has_length
 from etude.errors import ConfigError, DataError, Interrupted
 from etude.hooks.base import is_overridden, speed_metrics
 from etude.hooks.checkpoints import CheckpointHooks
@@ -39,7 +39,7 @@ from etude.observe.jsonl import JsonlCallback
 from etude.observe.trackers import tracker_callbacks
 from etude.optim.gradient import Gradient
 from etude.outputs import TrainOutput
-from etude.precision import LossScaler, choose_precision, keep_trainable_in_float32
+from etude.precision import LossScaler, choose_precision, keep_trainable_in_float32, use_number_settings
 from etude.recovery import SaveAttempts, describe_run, restore_run, set_aside
 from etude.run import Run, plan_run
 
@@ -234,6 +234,7 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
         if self.precision.autocast_dtype is not None:
             keep_trainable_in_float32(self.model)
         _use_settings_for_training(self.model, args, until_the_end)
+        use_number_settings(args, until_the_end)
         loader = self.get_train_dataloader()
         plan = plan_run(args, loader, self.num_examples(loader))
         interrupts = until_the_end.enter_context(Interrupts(Path(self._get_output_dir(trial))))
@@ -276,6 +277,8 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
         self._run = run
         if checkpoint is not None:
             restore_run(self, run, checkpoint)
+        if run.first_epoch < plan.num_epochs:
+            run.load_first_step()
         if args.save_strategy != "no":
             set_aside(self, store, checkpoint)
         handler = self.callback_handler
@@ -371,6 +374,9 @@ def _refuse_contradictions(
         raise ConfigError("hold parameters of one model, but model_init makes a new one each time", field="optimizers")
     if cls_and_kwargs is not None and optimizers[0] is not None:
         raise ConfigError("give optimizers or optimizer_cls_and_kwargs, not both", field="optimizer_cls_and_kwargs")
+    for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]:
+        if dataset is not None and has_length(dataset) and len(dataset) == 0:
+            raise DataError(f"the evaluation dataset '{name}' is empty")
     if args.eval_strategy != "no" and eval_dataset is None and not is_overridden(trainer, "get_eval_dataloader"):
         raise ConfigError(
             f"is '{args.eval_strategy}' but there is no eval_dataset; give one, or set eval_strategy='no'",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import saves
 
-from etude.checkpoint import CheckpointStore
+from etude.checkpoint import Checkpoint, CheckpointStore
 from etude.checkpoint.store import host_tag
 from etude.errors import CheckpointError
 
@@ -156,6 +156,30 @@ def test_an_interrupted_replacement_is_found_and_repaired(fast_dir: Path, rename
         newest, rejections = store.newest_valid()
         assert newest is not None and saves.read_back(newest) == saves.contents(3, version) and not rejections
     assert sorted(path.name for path in fast_dir.iterdir()) == [".etude.lock", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("deleted", [[], ["MANIFEST.json"], ["state.json"]])
+def test_a_replacement_that_ends_while_the_replaced_one_is_read(
+    fast_dir: Path, monkeypatch: pytest.MonkeyPatch, deleted: list[str]
+) -> None:
+    """The reader lists between the two renames; then the new one arrives and the replaced one is being deleted."""
+    store = CheckpointStore(fast_dir)
+    saves.save(store, 3, "old")
+    replaced = fast_dir / f".replaced-checkpoint-3-{host_tag()}00000000-{os.getpid()}"
+    (fast_dir / "checkpoint-3").rename(replaced)
+    verify = store.verify
+
+    def finish_the_replacement_first(path: Path) -> Checkpoint:
+        if path == replaced and not (fast_dir / "checkpoint-3").exists():
+            saves.save(store, 3, "new")
+            for name in deleted:
+                (replaced / name).unlink()
+        return verify(path)
+
+    monkeypatch.setattr(store, "verify", finish_the_replacement_first)
+    newest, rejections = store.newest_valid()
+    version = "new" if deleted else "old"
+    assert newest is not None and saves.read_back(newest) == saves.contents(3, version) and not rejections
 
 
 WRITE_ALL_THE_TIME = """

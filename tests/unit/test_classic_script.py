@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from etude import Trainer, TrainerCallback, TrainingArguments
 from short_run import checkpoints
-from tiny import Padded, adapter_of, causal_lora, language_rows, same_bits, tiny_llama
+from tiny import Padded, adapter_of, assert_same_bits, causal_lora, language_rows, tiny_llama
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "classic_lora.py"
 
@@ -72,7 +72,7 @@ def test_it_runs_and_leaves_what_it_should(finished: Trainer) -> None:
     assert finished.state.best_metric == min(losses)
     state = json.loads(Path("lora-output/checkpoint-9/trainer_state.json").read_text())
     assert state["best_metric"] == min(losses)
-    assert same_bits(load_file("final-adapter/adapter_model.safetensors"), adapter_of(finished.model))
+    assert_same_bits(load_file("final-adapter/adapter_model.safetensors"), adapter_of(finished.model))
     tokens = torch.tensor([train_dataset[0]["input_ids"]])
     loaded = PeftModel.from_pretrained(tiny_llama(), "./final-adapter").eval()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_resuming_from_a_named_checkpoint(step: int, finished: Trainer) -> None:
     trainer = classic_trainer(causal_lora(seed=0, lora_dropout=0.1))
     trainer.train(resume_from_checkpoint=f"./lora-output/checkpoint-{step}")
     assert trainer.state.global_step == 9
-    assert same_bits(adapter_of(trainer.model), adapter_of(finished.model))
+    assert_same_bits(adapter_of(trainer.model), adapter_of(finished.model))
 
 
 def test_resuming_from_the_newest(finished: Trainer) -> None:
@@ -92,7 +92,7 @@ def test_resuming_from_the_newest(finished: Trainer) -> None:
     trainer = classic_trainer(causal_lora(lora_dropout=0.1))
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 9
-    assert same_bits(adapter_of(trainer.model), adapter_of(finished.model))
+    assert_same_bits(adapter_of(trainer.model), adapter_of(finished.model))
 
 
 def test_a_callback_alone_makes_checkpoints_of_the_best() -> None:
@@ -114,4 +114,4 @@ def test_the_example_runs_offline_and_resumes(monkeypatch: pytest.MonkeyPatch) -
     first = load_file("final-adapter/adapter_model.safetensors")
     shutil.rmtree("lora-output/checkpoint-9")
     run("--resume")
-    assert same_bits(load_file("final-adapter/adapter_model.safetensors"), first)
+    assert_same_bits(load_file("final-adapter/adapter_model.safetensors"), first)

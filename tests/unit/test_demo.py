@@ -35,8 +35,8 @@ def test_the_first_example_stays_what_it_is() -> None:
 
 
 FIRST_HELDOUT = (
-    "On Wednesday I have coffee with Paul at quarter to 9 in the evening",
-    '{"event":"coffee","who":"Paul","day":"Wed","time":"20:45"}',
+    "On Wednesday I have coffee with Paul at quarter past 8 in the evening",
+    '{"event":"coffee","who":"Paul","day":"Wed","time":"8:15pm"}',
 )
 
 
@@ -438,7 +438,6 @@ def test_what_a_model_wrote_cannot_move_the_cursor() -> None:
     assert "answer" in verdict
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_the_command_trains_saves_and_says_how_to_use_the_adapter(
     tiny_base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from short_run import Scripted, checkpoints, short_trainer
 from tiny import (
     Padded,
     adapter_of,
+    assert_same_bits,
     causal_lora,
     classification_rows,
     language_rows,
@@ -119,13 +120,13 @@ def test_of_several_adapters_the_active_one_is_trained_and_all_are_saved(active:
     before, idle_before = weights_of(model, active), weights_of(model, idle)
     trainer = short_trainer(model, save_strategy="epoch")
     trainer.train()
-    assert same_bits(weights_of(model, idle), idle_before)
+    assert_same_bits(weights_of(model, idle), idle_before)
     assert not same_bits(weights_of(model, active), before)
 
     loaded = PeftModel.from_pretrained(tiny_llama(), "out/checkpoint-10")
     loaded.load_adapter("out/checkpoint-10/second", adapter_name="second")
     for adapter in ("default", "second"):
-        assert same_bits(weights_of(loaded, adapter), weights_of(model, adapter))
+        assert_same_bits(weights_of(loaded, adapter), weights_of(model, adapter))
 
 
 def test_several_adapters_resume() -> None:
@@ -133,8 +134,8 @@ def test_several_adapters_resume() -> None:
     whole.train()
     resumed = short_trainer(two_adapters(), save_strategy="epoch")
     resumed.train(resume_from_checkpoint="out/checkpoint-5")
-    assert same_bits(weights_of(resumed.model, "default"), weights_of(whole.model, "default"))
-    assert same_bits(weights_of(resumed.model, "second"), weights_of(whole.model, "second"))
+    assert_same_bits(weights_of(resumed.model, "default"), weights_of(whole.model, "default"))
+    assert_same_bits(weights_of(resumed.model, "second"), weights_of(whole.model, "second"))
 
 
 def test_a_classifier_head_is_trained_and_saved_with_the_adapter() -> None:
@@ -145,7 +146,7 @@ def test_a_classifier_head_is_trained_and_saved_with_the_adapter() -> None:
     trainer.train()
     saved = load_file("out/checkpoint-10/adapter_model.safetensors")
     assert any("classifier" in name for name in saved)
-    assert same_bits(saved, adapter_of(trainer.model))
+    assert_same_bits(saved, adapter_of(trainer.model))
     assert not same_bits(saved, adapter_of(build()))
 
 

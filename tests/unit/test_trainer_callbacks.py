@@ -11,7 +11,7 @@ import transformers
 
 from etude import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 from short_run import Scripted, short_trainer
-from tiny import adapter_of, language_rows, same_bits
+from tiny import adapter_of, assert_same_bits, language_rows, same_bits
 
 EVAL_ROWS = language_rows(4, 50)
 
@@ -133,7 +133,7 @@ def test_what_a_callback_finds_around_an_update(fast_path: bool) -> None:
     assert inspector.rates == pytest.approx([1e-3 * (1 - step / 10) for step in range(10)])
     before, after = inspector.weights[-2], inspector.weights[-1]
     assert not same_bits(before, after)
-    assert same_bits(after, adapter_of(trainer.model))
+    assert_same_bits(after, adapter_of(trainer.model))
 
 
 class WritesNotes(TrainerCallback):

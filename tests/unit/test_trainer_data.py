@@ -18,9 +18,9 @@ from tiny import (
     StreamDataset,
     Watched,
     adapter_of,
+    assert_same_bits,
     causal_lora,
     language_rows,
-    same_bits,
     tiny_tokenizer,
 )
 
@@ -38,7 +38,7 @@ def trained(rows: Any, **settings: Any) -> Any:
 def test_map_style_rows(wrap: Any, fast_path: bool) -> None:
     rows = wrap(ROWS)
     expected = trained(ROWS, fast_path=fast_path)
-    assert same_bits(adapter_of(trained(rows, fast_path=fast_path).model), adapter_of(expected.model))
+    assert_same_bits(adapter_of(trained(rows, fast_path=fast_path).model), adapter_of(expected.model))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_streams_run_in_their_own_order(stream: Any) -> None:
     expected = trained(ROWS, train_sampling_strategy="sequential", max_steps=8)
     trainer = trained(stream, max_steps=8)
     assert logged(trainer, "loss") == logged(expected, "loss")
-    assert same_bits(adapter_of(trainer.model), adapter_of(expected.model))
+    assert_same_bits(adapter_of(trainer.model), adapter_of(expected.model))
 
 
 def test_every_row_is_seen_once_an_epoch_in_another_order() -> None:
@@ -67,7 +67,7 @@ def test_columns_the_model_does_not_know_are_left_out() -> None:
     rows = [row | {"text": "once upon a time", "id": number} for number, row in enumerate(ROWS)]
     plain = trained(ROWS)
     for with_more in (rows, datasets.Dataset.from_list(rows)):
-        assert same_bits(adapter_of(trained(with_more).model), adapter_of(plain.model))
+        assert_same_bits(adapter_of(trained(with_more).model), adapter_of(plain.model))
 
 
 def test_columns_are_kept_where_the_user_says_so() -> None:
@@ -85,12 +85,12 @@ def test_collators_of_transformers() -> None:
     tokenizer = tiny_tokenizer()
     expected = trained(ROWS)
     seq2seq = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-    assert same_bits(adapter_of(trained(ROWS, collate=seq2seq).model), adapter_of(expected.model))
+    assert_same_bits(adapter_of(trained(ROWS, collate=seq2seq).model), adapter_of(expected.model))
 
     unmasked = language_rows(10, masked=False)
     for_causal = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     without_labels = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in unmasked]
-    assert same_bits(adapter_of(trained(without_labels, collate=for_causal).model), adapter_of(trained(unmasked).model))
+    assert_same_bits(adapter_of(trained(without_labels, collate=for_causal).model), adapter_of(trained(unmasked).model))
 
 
 def test_a_tokenizer_is_enough_to_pad_rows_without_labels() -> None:
@@ -136,7 +136,7 @@ def test_padding_rows_of_a_collator_do_not_train() -> None:
 
 
 def test_workers_give_the_same_batches() -> None:
-    assert same_bits(adapter_of(trained(ROWS, dataloader_num_workers=2).model), adapter_of(trained(ROWS).model))
+    assert_same_bits(adapter_of(trained(ROWS, dataloader_num_workers=2).model), adapter_of(trained(ROWS).model))
 
 
 def test_grouping_by_length_pads_less_and_depends_on_the_seed_alone() -> None:

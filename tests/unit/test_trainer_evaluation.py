@@ -11,7 +11,7 @@ import torch
 
 from etude import EvalPrediction, PredictionOutput, TrainerCallback
 from short_run import Scripted, logged, short_trainer
-from tiny import IGNORED, Padded, V, adapter_of, causal_lora, language_rows, same_bits, tiny_llama, with_lora
+from tiny import IGNORED, Padded, V, adapter_of, assert_same_bits, causal_lora, language_rows, tiny_llama, with_lora
 
 EVAL_ROWS = language_rows(13, 50)
 
@@ -161,7 +161,7 @@ def test_evaluating_does_not_change_the_training(fast_path: bool) -> None:
     watched = short_trainer(dropped(), eval_rows=EVAL_ROWS, eval_strategy="steps", eval_steps=1, fast_path=fast_path)
     alone.train()
     watched.train()
-    assert same_bits(adapter_of(watched.model), adapter_of(alone.model))
+    assert_same_bits(adapter_of(watched.model), adapter_of(alone.model))
 
 
 def test_dropout_is_off_while_evaluating() -> None:

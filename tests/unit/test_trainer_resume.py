@@ -13,7 +13,7 @@ import torch
 
 from etude import EarlyStoppingCallback, TrainerCallback
 from short_run import Scripted, checkpoints, logged, short_trainer, without_clock
-from tiny import ListDataset, StreamDataset, adapter_of, language_rows, same_bits, tiny_llama, with_lora
+from tiny import ListDataset, StreamDataset, adapter_of, assert_same_bits, language_rows, tiny_llama, with_lora
 
 ROWS = language_rows(10)
 EVAL_ROWS = language_rows(4, 50)
@@ -50,7 +50,7 @@ def whole_run(**settings: Any) -> Any:
 
 
 def assert_same_run(resumed: Any, whole: Any) -> None:
-    assert same_bits(adapter_of(resumed.model), adapter_of(whole.model))
+    assert_same_bits(adapter_of(resumed.model), adapter_of(whole.model))
     assert without_clock(resumed.state.log_history) == without_clock(whole.state.log_history)
     assert resumed.output.training_loss == whole.output.training_loss
     assert resumed.output.global_step == whole.output.global_step
@@ -180,7 +180,7 @@ def test_a_run_that_a_callback_stopped_goes_on_when_it_is_resumed() -> None:
     goes_on = resume(True, callbacks=[TimeLimit(9)])
     assert goes_on.state.global_step == 9
     last = resume(True)
-    assert same_bits(adapter_of(last.model), adapter_of(whole.model))
+    assert_same_bits(adapter_of(last.model), adapter_of(whole.model))
     assert logged(last, "loss") == logged(whole, "loss")
 
 
@@ -222,7 +222,7 @@ def test_a_finished_run_reports_what_it_was() -> None:
     again = resume(True)
     assert again.output.global_step == 15
     assert again.output.training_loss == whole.output.training_loss
-    assert same_bits(adapter_of(again.model), adapter_of(whole.model))
+    assert_same_bits(adapter_of(again.model), adapter_of(whole.model))
 
 
 def test_the_patience_of_early_stopping_is_kept() -> None:

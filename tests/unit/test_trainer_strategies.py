@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from short_run import Scripted, checkpoints, logged, short_trainer
-from tiny import adapter_of, language_rows, same_bits
+from tiny import adapter_of, assert_same_bits, language_rows
 
 EVAL_ROWS = language_rows(4, 50)
 
@@ -102,7 +102,7 @@ def test_the_best_model_is_loaded_at_the_end(limit: int | None) -> None:
     trainer = judged(0.1, 0.9, 0.3, 0.2, 0.4, load_best_model_at_end=True, save_total_limit=limit)
     trainer.train()
     saved = load_file("out/checkpoint-4/adapter_model.safetensors")
-    assert same_bits(adapter_of(trainer.model), saved)
+    assert_same_bits(adapter_of(trainer.model), saved)
     assert trainer.state.best_metric == 0.9
 
 

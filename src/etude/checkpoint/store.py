@@ -147,8 +147,9 @@ class CheckpointStore:
             try:
                 return self.verify(candidate.path), rejections
             except CheckpointError as error:
-                if before is None or _identity(candidate.path) != before:
-                    return self.newest_valid()  # a writer retired or replaced it after it was listed
+                # A writer that retired or replaced it meanwhile may be deleting it, still under the name that was listed.
+                if candidate not in self._candidates() or _identity(candidate.path) != before:
+                    return self.newest_valid()
                 reason = str(error).removeprefix(f"{candidate.path}{os.sep}").removeprefix(f"{candidate.path}: ")
                 rejections.append(Rejection(candidate.path, reason))
         return None, rejections

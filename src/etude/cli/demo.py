@@ -19,7 +19,7 @@ NUM_SAMPLES_SHOWN = 4
 
 def demo(
     output: Annotated[Path, typer.Option(metavar="O", help="Folder of the adapter.")] = Path("etude-demo"),
-    steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps of 8 requests each.")] = 48,
+    steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps of 8 requests each.")] = 40,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the requests and of the adapter's start.")] = 0,
     cache_dir: Annotated[
         Path | None, typer.Option(metavar="D", help="Where the base model is kept.", show_default="~/.cache/etude")

@@ -81,13 +81,16 @@ class StepBatches:
         self.position = Position()
         self.current_size = accumulation
         self._next_step: list[MicroBatch] = []
+        self._state_before: dict[str, Any] | None = None
 
     def open_epoch(self, epoch: int, batches_done: int = 0, stream_state: dict[str, Any] | None = None) -> None:
+        self._next_step = []
         self.stream.open(epoch, batches_done, stream_state)
         self.position = Position(epoch, batches_done)
 
     def advance(self) -> bool:
         """Load the micro-batches of the next step; False at the end of the epoch."""
+        self._state_before = self.stream.state()
         loaded: list[Any] = []
         while len(loaded) < self.accumulation and (batch := self.stream.next()) is not None:
             loaded.append(batch)
@@ -105,6 +108,10 @@ class StepBatches:
         ]
         return bool(loaded)
 
+    def loaded(self) -> list[MicroBatch]:
+        """The batches of the next step, where it is loaded and not yet handed out."""
+        return self._next_step
+
     def of_next_step(self) -> tuple[list[MicroBatch], int | None]:
         """The micro-batches of the loaded step and the number of items in all of them together."""
         batches, self._next_step = self._next_step, []
@@ -117,7 +124,8 @@ class StepBatches:
 
     def saved_position(self) -> Position:
         """The position after the last step handed out, with the state a streamed dataset needs to return to it."""
-        return Position(self.position.epoch, self.position.batches_done, self.stream.state())
+        state = self._state_before if self._next_step else self.stream.state()
+        return Position(self.position.epoch, self.position.batches_done, state)
 
     def rows_of(self, micro_batch: MicroBatch) -> list[int]:
         """The dataset rows of a micro-batch; empty where they are not known (a stream, the user's own sampler)."""

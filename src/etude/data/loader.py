@@ -119,6 +119,16 @@ class PlainIterable(IterableDataset[Any]):
         return iter(self.rows)
 
 
+def has_shuffle_buffer(dataset: Any) -> bool:
+    """Whether a `datasets.IterableDataset` shuffles through a buffer, whose rows its `state_dict` leaves out."""
+    part = getattr(dataset, "_ex_iterable", None)
+    while part is not None:
+        if type(part).__name__.startswith("BufferShuffled"):
+            return True
+        part = getattr(part, "ex_iterable", None)
+    return False
+
+
 class TrainingStream:
     """Micro-batches of the training loader, epoch by epoch, with a position that can be saved and returned to.
 
@@ -177,6 +187,8 @@ class TrainingStream:
         if self.batches is not None or getattr(self.loader, "num_workers", 0) > 0:
             return None  # worker processes hold copies of the dataset whose state cannot be asked for
         dataset = getattr(self.loader, "dataset", None)
+        if has_shuffle_buffer(dataset):
+            return None  # its state does not hold the buffer, so the way there is read again
         return dataset if hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict") else None
 
     def _set_epoch(self, epoch: int) -> None:

@@ -47,8 +47,8 @@ def _shown(value: Any, max_text_length: int, digits: Callable[[float], str]) -> 
     return printable(str(value), max_text_length)
 
 
-class PrinterCallback:
-    """Prints one plain line per log, once per machine.
+class LineWriter:
+    """Writes one plain line per log, once per machine.
 
     Args:
         stream: where to; by default whatever `sys.stdout` is at that moment.
@@ -70,7 +70,11 @@ class PrinterCallback:
         stream.flush()
 
 
-class ProgressCallback(PrinterCallback):
+class PrinterCallback(LineWriter):
+    """One plain line per log, and no bar."""
+
+
+class ProgressCallback(LineWriter):
     """A progress bar with steps, loss, learning rate and time left, and the lines of `PrinterCallback` above it.
 
     There is no bar, only lines, where `args.disable_tqdm` is set or the bar would not go to a terminal.
