@@ -70,7 +70,7 @@ def child(args: argparse.Namespace) -> None:
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4,
-        "max_steps": args.steps, "learning_rate": 2e-4, "warmup_steps": 3, "logging_steps": 5, "bf16": in_bf16,
+        "max_steps": args.steps, "learning_rate": 2e-4, "warmup_steps": 3, "logging_steps": 1, "bf16": in_bf16,
         "use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": args.seed,
     }  # fmt: skip
     clock = type("ClockCallback", (Clock, TrainerCallback), {})()

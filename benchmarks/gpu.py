@@ -23,7 +23,16 @@ import torch
 
 from benchmarks.shapes import WORKS, Work, collate, rows_of
 
-CONTENDERS = ("etude", "etude-eager", "etude-general", "transformers", "transformers-gc", "liger")
+CONTENDERS = (
+    "etude",
+    "etude-eager",
+    "etude-nographs",
+    "etude-graphs",
+    "etude-general",
+    "transformers",
+    "transformers-gc",
+    "liger",
+)
 
 
 class Clock:
@@ -84,7 +93,9 @@ def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -
         from etude import Trainer, TrainingArguments
 
         settings["fast_path"] = name != "etude-general"
-        settings["torch_compile"] = name == "etude"
+        settings["torch_compile"] = name in ("etude", "etude-nographs")
+        if name in ("etude-eager", "etude-nographs"):
+            settings["cuda_graphs"] = False
         if args.deterministic:
             settings["deterministic"] = True
     else:

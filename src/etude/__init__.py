@@ -13,6 +13,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Trainer": "etude.trainer",
     "TrainingArguments": "etude.arguments",
+    "Seq2SeqTrainer": "etude.seq2seq",
+    "Seq2SeqTrainingArguments": "etude.seq2seq_arguments",
+    "SFTTrainer": "etude.sft",
+    "SFTConfig": "etude.sft_config",
+    "DataCollatorForCompletionOnlyLM": "etude.data.completion",
     "TrainerCallback": "etude.callbacks",
     "TrainerState": "etude.callbacks",
     "TrainerControl": "etude.callbacks",
@@ -23,6 +28,8 @@ _HOMES = {
     "PredictionOutput": "etude.outputs",
     "EvalPrediction": "etude.outputs",
     "EvalLoopOutput": "etude.outputs",
+    "BestRun": "etude.outputs",
+    "write_report": "etude.reporting",
     "get_peft_model": "peft",
     "LoraConfig": "peft",
 }
@@ -38,12 +45,19 @@ if TYPE_CHECKING:
     from etude.callbacks import TrainerCallback as TrainerCallback
     from etude.callbacks import TrainerControl as TrainerControl
     from etude.callbacks import TrainerState as TrainerState
+    from etude.data.completion import DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM
     from etude.observe.console import PrinterCallback as PrinterCallback
     from etude.observe.console import ProgressCallback as ProgressCallback
+    from etude.outputs import BestRun as BestRun
     from etude.outputs import EvalLoopOutput as EvalLoopOutput
     from etude.outputs import EvalPrediction as EvalPrediction
     from etude.outputs import PredictionOutput as PredictionOutput
     from etude.outputs import TrainOutput as TrainOutput
+    from etude.reporting import write_report as write_report
+    from etude.seq2seq import Seq2SeqTrainer as Seq2SeqTrainer
+    from etude.seq2seq_arguments import Seq2SeqTrainingArguments as Seq2SeqTrainingArguments
+    from etude.sft import SFTTrainer as SFTTrainer
+    from etude.sft_config import SFTConfig as SFTConfig
     from etude.trainer import Trainer as Trainer
 
 

@@ -374,6 +374,10 @@ class ArgumentFields:
     hf_checkpoint_files: bool = field(
         default=True, metadata=_help("Also write the files that transformers.Trainer resumes from.")
     )
+    cuda_graphs: bool | None = field(
+        default=None,
+        metadata=_help("CUDA graphs for small micro-batches on the fast path; where they pay if not given."),
+    )
     tokens_per_micro_batch: int | None = field(
         default=None,
         metadata=_help("Upper bound on token slots of one micro-batch on the fast path; chosen by etude if not given."),

@@ -107,7 +107,7 @@ _MAPPED = _words(
     remove_unused_columns label_names train_sampling_strategy length_column_name
     torch_compile skip_memory_metrics do_train do_eval do_predict
     warmup_ratio logging_dir overwrite_output_dir
-    on_nonfinite deterministic hf_checkpoint_files tokens_per_micro_batch fast_path
+    on_nonfinite deterministic hf_checkpoint_files cuda_graphs tokens_per_micro_batch fast_path
     """
 )
 

@@ -31,6 +31,15 @@ class EvalLoopOutput(NamedTuple):
     num_samples: int | None
 
 
+class BestRun(NamedTuple):
+    """Result of `Trainer.hyperparameter_search`: the trial's number, its objective (a list of several) and its draws."""
+
+    run_id: str
+    objective: float | list[float]
+    hyperparameters: dict[str, Any]
+    run_summary: Any = None
+
+
 class EvalPrediction:
     """What `compute_metrics` receives: `predictions` and `label_ids` as arrays, `inputs` and `losses` where asked for.
 

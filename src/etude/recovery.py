@@ -16,7 +16,7 @@ from etude.checkpoint.codec import load_tree, save_tree
 from etude.checkpoint.policy import steps_to_retire
 from etude.checkpoint.resume import PROGRESS, changes_since, refuse_fatal
 from etude.data.fingerprint import data_fingerprint
-from etude.errors import CheckpointError
+from etude.errors import CheckpointError, NonFiniteError
 from etude.model.adapter import adapter_settings, base_fingerprint
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def progress_of(trainer: Trainer, run: Run) -> dict[str, Any]:
         },
         "pending": dict(run.events.pending),
         "learning_rate": run.events.learning_rate,
+        "grad_norm": None if run.events.grad_norm is None else float(run.events.grad_norm),
         "loss_since_log": float(trainer._tr_loss),
         "loss_total": trainer._total_loss_scalar,
         "step_last_logged": trainer._globalstep_last_logged,
@@ -93,8 +94,11 @@ def save_checkpoint(trainer: Trainer, run: Run, trial: Any) -> Checkpoint:
 
     Raises:
         CheckpointError: it could not be written; older checkpoints are intact.
+        NonFiniteError: an update has made a weight NaN or infinite; nothing is written.
     """
     state, args = trainer.state, trainer.args
+    if args.on_nonfinite == "stop":
+        _require_finite_weights(trainer)
     store = CheckpointStore(trainer._get_output_dir(trial))
     existing = {checkpoint.step for checkpoint in store.committed()}
     if state.best_global_step and state.best_global_step in existing | {state.global_step}:
@@ -118,6 +122,21 @@ def save_checkpoint(trainer: Trainer, run: Run, trial: Any) -> Checkpoint:
         if old.step in retired:
             store.retire(old)
     return checkpoint
+
+
+def _require_finite_weights(trainer: Trainer) -> None:
+    """The loss and the gradient were finite, but what the optimizer made of them may not be."""
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    wrong = [name for name, parameter in trained.items() if not torch.isfinite(parameter).all()]
+    if not wrong:
+        return
+    committed = CheckpointStore(trainer._get_output_dir(None)).committed()
+    intact = f"{committed[-1].path.name} is the last sound one" if committed else "there is no earlier one"
+    raise NonFiniteError(
+        f"the update made weights NaN or infinite ({len(wrong)} tensors, first: {wrong[0]}), so no checkpoint is written; "
+        f"{intact}. Lower learning_rate, or pass on_nonfinite='continue' to go on regardless",
+        step=trainer.state.global_step,
+    )
 
 
 class SaveAttempts:
@@ -178,6 +197,7 @@ def restore_run(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> None:
     trainer._globalstep_last_logged = progress["step_last_logged"]
     run.events.pending = progress["pending"]
     run.events.learning_rate = progress["learning_rate"]
+    run.events.grad_norm = progress.get("grad_norm")
     run.events.saved_at = (state.global_step, progress["position"]["epoch_ended"])
     run.initial_global_step = state.global_step
     position = f"epoch {run.first_epoch}, micro-batch {run.first_batch}"

@@ -202,6 +202,9 @@ class Run:
         self.trainer.choose_path(inputs)
         self.batches.cut = self.trainer.cutter.cut
         self.compile_switch = self.trainer.build_compile_switch(self.plan.max_steps)
+        self.trainer.graphs = self.trainer.build_graphs()
+        if self.trainer.graphs is not None:
+            self.gradient.keep_in_place()
 
     def forward_backward(self, micro_batch: MicroBatch, num_items: int | None) -> torch.Tensor:
         """Forward and backward of one micro-batch, its randomness a function of its place."""
@@ -210,6 +213,7 @@ class Run:
             self._report_step_without_labels(micro_batch)
             return torch.zeros((), device=trainer.args.device)
         torch.manual_seed(derive_seed(trainer.args.seed, "model", *micro_batch.place))
+        trainer.is_last_micro_batch = micro_batch.closes == 0
         share: torch.Tensor = trainer.run_training_step(micro_batch.inputs, num_items)
         return share
 
@@ -235,9 +239,12 @@ class Run:
         return parts
 
     def _report_step_without_labels(self, micro_batch: MicroBatch) -> None:
-        step = self.trainer.state.global_step + 1
-        rows = ", ".join(map(str, self.batches.rows_of(micro_batch)[:16]))
-        where = f"step {step}" + (f" (rows {rows})" if rows else "")
+        if micro_batch.index > 0:
+            return  # said with the first one of the step
+        step, end = self.trainer.state.global_step + 1, self.batches.position.batches_done
+        numbers = range(end - self.batches.current_size, end)
+        rows = [row for number in numbers for row in self.batches.stream.rows_of(micro_batch.epoch, number)]
+        where = f"step {step}" + (f" (rows {', '.join(map(str, rows[:16]))})" if rows else "")
         self.trainer.notices.say_once(f"{where}: every label is masked, so this step changes nothing")
 
     def finish(self) -> TrainOutput:
@@ -253,14 +260,16 @@ class Update:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.was_skipped = False
+        """Whether the last update was left out, because a float16 gradient overflowed."""
 
     def apply(self, step: Step) -> None:
         trainer, events = self.run.trainer, self.run.events
         events.fire("on_pre_optimizer_step")
-        stepped = self.run.scaler.step(trainer.optimizer)
+        self.was_skipped = not self.run.scaler.step(trainer.optimizer)
         events.fire("on_optimizer_step")
         events.learning_rate = trainer._get_learning_rate()
-        if stepped and not trainer.schedule_follows_metric:
+        if not self.was_skipped and not trainer.schedule_follows_metric:
             trainer.lr_scheduler.step()
 
 
@@ -271,6 +280,8 @@ class Events:
         self.run, self.trainer = run, run.trainer
         self.trial, self.ignore_keys_for_eval = trial, ignore_keys_for_eval
         self.learning_rate: float | None = None
+        self.grad_norm: Any = None
+        """Of the last step; logs at the end of an epoch show it."""
         self.epoch_ended = False
         self.saved_at: tuple[int, bool] | None = None
         self.pending: dict[str, bool] = {}
@@ -309,6 +320,7 @@ class Events:
         trainer.add_training_loss(loss)
         trainer.state.global_step = step.number
         trainer.state.epoch = step.epoch + position.batches_done / self.run.plan.batches_per_epoch
+        self.grad_norm = norm
         self.fire("on_step_end")
         if self.run.interrupts.checkpoint_requested():
             trainer.control.should_save = True
@@ -317,7 +329,7 @@ class Events:
     def epoch_end(self) -> None:
         self.epoch_ended = True
         self.fire("on_epoch_end")
-        self._log_save_evaluate(None)
+        self._log_save_evaluate(self.grad_norm)
 
     def _log_save_evaluate(self, norm: Any) -> None:
         trainer = self.trainer

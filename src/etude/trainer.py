@@ -23,25 +23,33 @@ from etude.data.batching import StepBatches
 from etude.data.collate import default_collator
 from etude.data.loader import TrainingStream, has_length
 from etude.errors import ConfigError, DataError, Interrupted
+from etude.hooked_batches import HookedBatches
 from etude.hooks.base import is_overridden, speed_metrics
 from etude.hooks.checkpoints import CheckpointHooks
 from etude.hooks.data import DataHooks
 from etude.hooks.evaluation import EvaluationHooks
 from etude.hooks.forward import ForwardHooks
+from etude.hooks.names import REFUSED_OVERRIDES, NamedHooks
 from etude.hooks.optimization import OptimizationHooks
 from etude.hooks.progress import ProgressHooks
+from etude.hooks.reporting import ReportingHooks
+from etude.hooks.search import SearchHooks
 from etude.interrupts import Interrupts
 from etude.model import adapter
 from etude.model import loss as model_loss
+from etude.model.neftune import add_embedding_noise
 from etude.notices import Notices
 from etude.observe.console import PrinterCallback, ProgressCallback
 from etude.observe.jsonl import JsonlCallback
+from etude.observe.memory import MemoryUse
+from etude.observe.throughput import ThroughputCallback
 from etude.observe.trackers import tracker_callbacks
 from etude.optim.gradient import Gradient
 from etude.outputs import TrainOutput
 from etude.precision import LossScaler, choose_precision, keep_trainable_in_float32, use_number_settings
 from etude.recovery import SaveAttempts, describe_run, restore_run, set_aside
-from etude.run import Run, plan_run
+from etude.run import Plan, Run, plan_run
+from etude.summary import introduction
 
 REPLACES_FORWARD = (
     "compute_loss",
@@ -49,11 +57,24 @@ REPLACES_FORWARD = (
     "compute_loss_context_manager",
     "_prepare_inputs",
     "_prepare_input",
+    "get_batch_samples",
+    "_get_num_items_in_batch",
+    "_wrap_model",
 )
 """Overriding one of these means that the user's code sees padded batches or the model's own outputs."""
 
 
-class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, EvaluationHooks, CheckpointHooks):
+class Trainer(
+    DataHooks,
+    OptimizationHooks,
+    ForwardHooks,
+    ProgressHooks,
+    EvaluationHooks,
+    CheckpointHooks,
+    ReportingHooks,
+    SearchHooks,
+    NamedHooks,
+):
     """Trains the adapters of a PEFT model (or the trainable parameters of any module that returns a loss).
 
     Constructor, methods and overridable hooks are those of `transformers.Trainer`.
@@ -103,8 +124,10 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
         _seed_everything(self.args)
         self.model_init = model_init
         self.notices = Notices(quiet=not self.args.should_log or self.args.log_level in ("error", "critical"))
-        self.model = model if model is not None else self.call_model_init()
-        self.model_wrapped = self.model
+        self.create_accelerator_and_postprocess()
+        self.memory = MemoryUse(enabled=not self.args.skip_memory_metrics, device=self.args.device)
+        with self.memory.stage("init"):
+            self._take_model(model)
         self.processing_class = processing_class
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.data_collator = data_collator if data_collator is not None else default_collator(processing_class)
@@ -115,36 +138,45 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
         self._given_optimizer = optimizers[0] is not None
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self.precision = choose_precision(fp16=self.args.fp16, bf16=self.args.bf16, device=self.args.device)
-        self.is_model_parallel = len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
-        self.place_model_on_device = self.args.place_model_on_device and not self.is_model_parallel
-        if self.place_model_on_device and not _is_quantized(self.model):
-            self._move_model_to_device(self.model, self.args.device)
         self._inspect_model()
         self.path: Any = None
         self.cutter = AsCollated(self.shifts_labels)
+        self.graphs = None
         self.cut: dict[str, Any] = {}
         self.run_record: dict[str, Any] = {}
         self.is_in_train = False
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self.current_flos, self._flops_per_token = 0.0, 0
+        self.is_last_micro_batch = True
+        self.neftune_noise_alpha = self.args.neftune_noise_alpha
+        self._initial_num_input_tokens_seen = 0
         self._run: Run | None = None
         self._save_attempts = SaveAttempts()
         self._signature_columns: list[str] | None = None
         self._tr_loss = torch.zeros((), device=self.args.device)
         self._total_loss_scalar, self._globalstep_last_logged = 0.0, 0
         self.control = TrainerControl()
+        self.throughput = ThroughputCallback()
         self.callback_handler = CallbackHandler(
-            [*_default_callbacks(self.args), *(callbacks or [])],
+            [*_default_callbacks(self.args, self.throughput), *(callbacks or [])],
             self.model,
             processing_class,
             self.optimizer,
             self.lr_scheduler,
         )
-        self.add_callback(_console_callback(self.args))
+        self.add_callback(_console_callback(self.args, self.throughput))
         self.state = self._fresh_state()
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
 
     # -- what the model is ---------------------------------------------------------------------------------------------
+
+    def _take_model(self, model: nn.Module | None) -> None:
+        self.model = model if model is not None else self.call_model_init()
+        self.is_model_parallel = len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
+        self.place_model_on_device = self.args.place_model_on_device and not self.is_model_parallel
+        if self.place_model_on_device and not _is_quantized(self.model):
+            self._move_model_to_device(self.model, self.args.device)
+        self.model_wrapped = self.model
 
     def _inspect_model(self) -> None:
         from transformers.utils import can_return_loss, find_labels
@@ -155,6 +187,7 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
         self.label_names = list(names) or (["labels"] if self.args.label_names is None else [])
         self.model_accepts_loss_kwargs = model_loss.accepts_loss_kwargs(self.model)
         self.shifts_labels = model_loss.shifts_labels(self.model)
+        self.label_smoother = model_loss.label_smoother(self.model, self.args.label_smoothing_factor)
         self._divides_by_items: bool | None = None if self.model_accepts_loss_kwargs else False
         self.overridden = tuple(name for name in REPLACES_FORWARD if is_overridden(self, name))
 
@@ -204,6 +237,8 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
         with ExitStack() as until_the_end:
             self.is_in_train = True
             until_the_end.callback(setattr, self, "is_in_train", False)
+            self._memory_of_training = until_the_end.enter_context(self.memory.stage("train"))
+            self._hp_search_setup(trial)
             run = self._build_run(resume_from_checkpoint, trial, ignore_keys_for_eval, until_the_end)
             self._introduce(run)
             until_the_end.callback(self._undo_swaps)
@@ -234,9 +269,12 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
         if self.precision.autocast_dtype is not None:
             keep_trainable_in_float32(self.model)
         _use_settings_for_training(self.model, args, until_the_end)
+        if self.neftune_noise_alpha is not None:
+            until_the_end.callback(add_embedding_noise(self.model, self.neftune_noise_alpha))
+        self.model_wrapped = self._wrap_model(self.model)
         use_number_settings(args, until_the_end)
         loader = self.get_train_dataloader()
-        plan = plan_run(args, loader, self.num_examples(loader))
+        plan = self._plan(loader)
         interrupts = until_the_end.enter_context(Interrupts(Path(self._get_output_dir(trial))))
         store = CheckpointStore(self._get_output_dir(trial))
         until_the_end.enter_context(store.lock())
@@ -251,18 +289,14 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
         self._total_loss_scalar, self._globalstep_last_logged = 0.0, 0
         self.create_optimizer_and_scheduler(plan.max_steps)
         self.run_record = describe_run(self)
-        self.path = None
+        self.path = self.graphs = None
         self.cut = {
             "micro_batch_samples": args.train_batch_size,
             "accumulation": args.gradient_accumulation_steps,
             "precision": self.precision.name,
         }
         seed = args.data_seed if args.data_seed is not None else args.seed
-        batches = StepBatches(
-            TrainingStream(loader, seed),
-            accumulation=args.gradient_accumulation_steps,
-            shifts_labels=self.shifts_labels,
-        )
+        batches = self._build_batches(TrainingStream(loader, seed))
         scaler = self.precision.build_scaler()
         run = Run(
             self,
@@ -277,6 +311,7 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
         self._run = run
         if checkpoint is not None:
             restore_run(self, run, checkpoint)
+        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
         if run.first_epoch < plan.num_epochs:
             run.load_first_step()
         if args.save_strategy != "no":
@@ -286,10 +321,38 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
         handler.train_dataloader = loader
         return run
 
+    def set_initial_training_values(
+        self, args: TrainingArguments, dataloader: Any, total_train_batch_size: int | None = None
+    ) -> tuple[int, int, int | None, float, int, int, int]:
+        """The arithmetic of a run: epochs, updates of an epoch, samples of the dataset, samples of the whole run, global
+        batch, batches of an epoch, updates of the whole run."""
+        plan, num_examples = plan_run(args, dataloader, self.num_examples(dataloader)), self.num_examples(dataloader)
+        batch = self.get_total_train_batch_size(args)
+        return (
+            *(plan.num_epochs, plan.steps_per_epoch, num_examples, plan.num_samples),
+            *(batch, plan.batches_per_epoch, plan.max_steps),
+        )
+
+    def _plan(self, loader: Any) -> Plan:
+        plan = plan_run(self.args, loader, self.num_examples(loader))
+        if not is_overridden(self, "set_initial_training_values"):
+            return plan
+        batch = self.get_total_train_batch_size(self.args)
+        epochs, updates, _, samples, _, batches, steps = self.call_hook(
+            self.set_initial_training_values, self.args, loader, total_train_batch_size=batch
+        )
+        return Plan(batches, updates, epochs, steps, samples, plan.streamed)
+
+    def _build_batches(self, stream: TrainingStream) -> StepBatches:
+        accumulation = self.args.gradient_accumulation_steps
+        if any(is_overridden(self, name) for name in ("get_batch_samples", "_get_num_items_in_batch")):
+            return HookedBatches(self, stream, accumulation=accumulation, shifts_labels=self.shifts_labels)
+        return StepBatches(stream, accumulation=accumulation, shifts_labels=self.shifts_labels)
+
     def _build_gradient(self, batches: StepBatches, scaler: LossScaler) -> Gradient:
         args = self.args
         return Gradient(
-            [parameter for group in self.optimizer.param_groups for parameter in group["params"]],
+            trained_parameters(self.model, self.optimizer),
             lambda micro_batch, num_items: cast(Run, self._run).forward_backward(micro_batch, num_items),
             device=args.device,
             scaler=scaler,
@@ -298,25 +361,19 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
             stops_on_nonfinite=args.on_nonfinite == "stop",
             rows_of=batches.rows_of,
             recover=lambda error, micro_batch: cast(Run, self._run).recover(error, micro_batch),
+            clip=self.clip_by_hooks,
         )
 
     def _undo_swaps(self) -> None:
         plan = getattr(self.path, "plan", None)
         if plan is not None:
             plan.undo()
+        self.graphs = None
 
     def _introduce(self, run: Run) -> None:
         """The few lines that say what will happen."""
-        args, plan = self.args, run.plan
-        trainable, total = adapter.count_parameters(self.model)
-        self.notices.say(f"trains {trainable:,} of {total:,} parameters ({trainable / max(total, 1):.2%})")
-        batch = args.train_batch_size * args.gradient_accumulation_steps
-        self.notices.say(
-            f"{plan.max_steps:,} steps of {batch} samples ({args.train_batch_size} x {args.gradient_accumulation_steps} "
-            f"accumulated), {self.precision.name} on {args.device}, checkpoints in {args.output_dir}"
-        )
-        if self.precision.note:
-            self.notices.say(self.precision.note)
+        for line in introduction(self, run):
+            self.notices.say(line)
 
     def finish_training(self, run: Run) -> TrainOutput:
         """The summary of the run, the best model where it was asked for, and the last event."""
@@ -326,7 +383,7 @@ class Trainer(DataHooks, OptimizationHooks, ForwardHooks, ProgressHooks, Evaluat
         samples = run.plan.num_samples * steps / max(self.state.max_steps, 1)
         metrics = speed_metrics("train", time.time() - run.start_time, samples, steps)
         self.store_flos()
-        metrics |= {"total_flos": self.state.total_flos, "train_loss": mean_loss}
+        metrics |= {"total_flos": self.state.total_flos, "train_loss": mean_loss} | self._memory_of_training.finish()
         self.call_hook(self.log, metrics)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
@@ -361,11 +418,9 @@ def _refuse_contradictions(
     args = trainer.args
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("etude trains in one process at present; start it without torchrun", field="WORLD_SIZE")
-    if is_overridden(trainer, "_inner_training_loop"):
-        raise ConfigError(
-            "cannot be overridden: the loop is etude's own. Override training_step, compute_loss or a callback event",
-            field="_inner_training_loop",
-        )
+    for name, reason in REFUSED_OVERRIDES.items():
+        if is_overridden(trainer, name):
+            raise ConfigError(f"cannot be overridden: {reason}", field=name)
     if model is None and model_init is None:
         raise ConfigError("give the trainer a model, or model_init", field="model")
     if model is not None and model_init is not None:
@@ -382,6 +437,13 @@ def _refuse_contradictions(
             f"is '{args.eval_strategy}' but there is no eval_dataset; give one, or set eval_strategy='no'",
             field="eval_strategy",
         )
+
+
+def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What the optimizer moves, and what else of the model gets a gradient: it counts in the norm, as in transformers."""
+    of_optimizer = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    known = {id(parameter) for parameter in of_optimizer}
+    return of_optimizer + [p for p in model.parameters() if p.requires_grad and id(p) not in known]
 
 
 def _seed_everything(args: TrainingArguments) -> None:
@@ -407,12 +469,12 @@ def _use_settings_for_training(model: nn.Module, args: TrainingArguments, until_
             trained.enable_input_require_grads()
 
 
-def _default_callbacks(args: TrainingArguments) -> list[Any]:
-    return [DefaultFlowCallback(), *tracker_callbacks(args), JsonlCallback()]
+def _default_callbacks(args: TrainingArguments, throughput: ThroughputCallback) -> list[Any]:
+    return [DefaultFlowCallback(), throughput, *tracker_callbacks(args), JsonlCallback(throughput=throughput)]
 
 
-def _console_callback(args: TrainingArguments) -> Any:
-    return PrinterCallback() if args.disable_tqdm else ProgressCallback()
+def _console_callback(args: TrainingArguments, throughput: ThroughputCallback) -> Any:
+    return PrinterCallback(throughput=throughput) if args.disable_tqdm else ProgressCallback(throughput=throughput)
 
 
 def _is_quantized(model: Any) -> bool:

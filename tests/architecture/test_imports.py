@@ -10,7 +10,16 @@ import pytest
 from source import modules, running_nodes
 
 ROOMS = {"data", "model", "optim", "kernels", "parallel", "checkpoint", "observe", "search", "demo"}
-SHARED = {"errors", "arguments", "argument_checks", "argument_fields", "argument_names", "precision", "outputs"}
+SHARED = {
+    "__version__",
+    "errors",
+    "arguments",
+    "argument_checks",
+    "argument_fields",
+    "argument_names",
+    "precision",
+    "outputs",
+}
 LOOPS = {"loop.py": SHARED | {"callbacks"}, "evaluation.py": SHARED | {"callbacks"}}
 
 # (importing file, imported module): what a room needs of another, each for its reason.

@@ -4,7 +4,6 @@ adapter, the optimizer, the schedule and every logged number of the run that not
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -14,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from training import result_of, tiny_model, unsound
+from training import metrics_of, result_of, tiny_model, unsound
 
 from etude import EarlyStoppingCallback, TrainerCallback
 from etude.errors import Interrupted
-from short_run import short_trainer, without_clock
+from short_run import short_trainer
 from tiny import ListDataset, Padded, StreamDataset, language_rows
 
 NUM_ROWS = 20
@@ -174,8 +173,9 @@ def outcome(folder: Path, settings: Settings, rest: Settings, cut: Cut, resume: 
         output = trainer.train(resume_from_checkpoint=resume)
     except (Crash, Interrupted):
         return None
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return result_of(trainer, output) | {"metrics": without_clock(rows)}
+    result = result_of(trainer, output)
+    assert metrics_of(folder, result["log"]) == result["log"]
+    return result
 
 
 def check_draw(seed: int, folder: Path) -> None:

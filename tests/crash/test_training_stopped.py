@@ -5,15 +5,11 @@ nothing had happened, with every number of its log, also where an evaluation was
 from __future__ import annotations
 
 import itertools
-import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-from training import SETTINGS, Ended, Train, steps_in, unsound
-
-from short_run import without_clock
+from training import SETTINGS, Ended, Train, metrics_of, steps_in, unsound
 
 pytest_plugins = ["training_fixtures"]
 
@@ -152,8 +148,7 @@ def test_the_metrics_file_has_every_log_once(train_in_child: Train, fast_dir: Pa
         assert steps_in(fast_dir / "out")[-1] == 6
         ended = train_in_child(fast_dir, resume=True, **settings)
     assert ended.result is not None, ended.said
-    rows = [json.loads(line) for line in (fast_dir / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert without_clock(rows) == ended.result["log"]
+    assert metrics_of(fast_dir / "out", ended.result["log"]) == ended.result["log"]
 
 
 def test_a_checkpoint_on_request(train_in_child: Train, fast_dir: Path, whole: Ended) -> None:

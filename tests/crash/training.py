@@ -285,6 +285,13 @@ def serve() -> None:
         print(json.dumps([code, used.ru_utime + used.ru_stime]), flush=True)
 
 
+def metrics_of(output_dir: Path, log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`, without the figures that it has beyond the log (speed, memory)."""
+    known = {name for entry in log for name in entry}
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name in known} for row in without_clock(rows)]
+
+
 def unsound(output_dir: Path) -> list[str]:
     """What is wrong with the checkpoints in a folder: every visible one must be complete."""
     store, found = CheckpointStore(output_dir), []

@@ -70,6 +70,25 @@ def test_resume_on_cuda_gives_the_same_bits(tmp_path: Path, precision: dict[str,
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_graphs_give_what_the_layers_give_without(tmp_path: Path, compiled: bool) -> None:
+    settings: dict[str, Any] = {"wide": True, "bf16": True, "max_steps": 24, "torch_compile": compiled}
+    graphed = trainer(tmp_path / "graphed", cuda_graphs=True, **settings)
+    counts: list[int] = []
+
+    class CountsGraphs:
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert graphed.graphs is not None and graphed.graphs.failure is None
+            counts.append(graphed.graphs.num_graphs)
+
+    graphed.add_callback(CountsGraphs())
+    graphed.train()
+    plain = trainer(tmp_path / "plain", cuda_graphs=False, **settings)
+    plain.train()
+    assert counts[-1] > 0
+    assert losses(graphed) == pytest.approx(losses(plain), rel=2e-3)
+
+
 def test_fp16_overflow_skips_the_step_and_goes_on(tmp_path: Path) -> None:
     trained = trainer(tmp_path, fp16=True)
     trained.train()

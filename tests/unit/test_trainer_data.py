@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any
 
 import datasets
@@ -137,6 +138,14 @@ def test_padding_rows_of_a_collator_do_not_train() -> None:
 
 def test_workers_give_the_same_batches() -> None:
     assert_same_bits(adapter_of(trained(ROWS, dataloader_num_workers=2).model), adapter_of(trained(ROWS).model))
+
+
+def test_no_worker_outlives_the_training() -> None:
+    """Left to the garbage collector, idle workers stay until it runs, and hold it up for five seconds each."""
+    already_there = {child.pid for child in multiprocessing.active_children()}
+    trainer = trained(ROWS, dataloader_num_workers=2, max_steps=3)
+    assert trainer.state.global_step == 3
+    assert {child.pid for child in multiprocessing.active_children()} <= already_there
 
 
 def test_grouping_by_length_pads_less_and_depends_on_the_seed_alone() -> None:

@@ -13,7 +13,14 @@ from typing import Annotated
 import typer
 
 from etude import __version__
+from etude.cli.chat import chat
 from etude.cli.demo import demo
+from etude.cli.evaluate import evaluate
+from etude.cli.explain import explain
+from etude.cli.generate import generate
+from etude.cli.inspect import data_app
+from etude.cli.merge import merge
+from etude.cli.shipped import init, recipes
 from etude.cli.train import train
 from etude.errors import ConfigError, EtudeError, Interrupted, MissingDependencyError
 
@@ -25,6 +32,15 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 # What the parser does not know may be a training argument; `etude.cli.flags` reads those.
 app.command(context_settings={"ignore_unknown_options": True})(train)
 app.command()(demo)
+app.command()(init)
+app.command()(recipes)
+# `etude explain --lora-r`: a flag may be what is asked about.
+app.command(context_settings={"ignore_unknown_options": True})(explain)
+app.add_typer(data_app, name="data")
+app.command()(chat)
+app.command()(generate)
+app.command("eval")(evaluate)
+app.command()(merge)
 
 
 @app.callback()

@@ -36,6 +36,7 @@ class Lora:
     alpha: float = 32
     dropout: float = 0.0
     targets: str | list[str] = "all-linear"
+    dora: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Recipe:
     """One run. `training` holds the fields of `TrainingArguments` that were set; the rest keeps its default."""
 
     model: str
-    data: str | list[str]
+    data: str | list[str | dict[str, Any]]
     output: str = "lora-output"
     eval_data: str | list[str] | None = None
     eval_fraction: float = 0.05
@@ -70,7 +71,7 @@ Settings = dict[str, Setting]
 
 MEANING = {
     "model": "folder or Hub name of the base model",
-    "data": "file or folder of training rows: .jsonl, .json, .csv, .parquet",
+    "data": "file or folder of training rows, or a list of them: path, or {path: P, weight: W}",
     "output": "folder of the run: checkpoints, report, the finished adapter",
     "eval_data": "file of held-out rows; instead of eval_fraction",
     "eval_fraction": "share of the rows held out, chosen by a hash of the row",
@@ -85,6 +86,7 @@ MEANING = {
     "lora.alpha": "the update is scaled by alpha / r",
     "lora.dropout": "share of adapter inputs dropped",
     "lora.targets": "all-linear, or names such as q_proj,v_proj",
+    "lora.dora": "also learn the length of each weight's rows (DoRA)",
 }
 
 _POSITIVE = (lambda value: value > 0, "must be positive")
@@ -253,21 +255,22 @@ def written(recipe: Recipe) -> str:
     entries = asdict(recipe)
     training, lora = entries.pop("training"), entries.pop("lora")
     lines = ["# Every setting of this run. To repeat it: etude train recipe.yaml --output ANOTHER_FOLDER"]
-    lines += [f"{key}: {_word(value)}" for key, value in entries.items() if value is not None]
-    lines += ["lora:", *(f"  {key}: {_word(value)}" for key, value in lora.items())]
-    lines += [f"{key}: {_word(value)}" for key, value in sorted(training.items()) if not _NOT_SAVED.search(key)]
+    lines += [f"{key}: {as_yaml(value)}" for key, value in entries.items() if value is not None]
+    lines += ["lora:", *(f"  {key}: {as_yaml(value)}" for key, value in lora.items())]
+    lines += [f"{key}: {as_yaml(value)}" for key, value in sorted(training.items()) if not _NOT_SAVED.search(key)]
     return "\n".join(lines) + "\n"
 
 
-def _word(value: Any) -> str:
+def as_yaml(value: Any) -> str:
+    """A value as a recipe writes it, on one line."""
     if isinstance(value, str) and re.fullmatch(r"[\w./][\w./@+-]*", value) and strict_yaml.scalar(value) == value:
         return value
     if isinstance(value, float):
         return repr(value)
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_quoted(str(key))}: {_word(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{_quoted(str(key))}: {as_yaml(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_word(entry) for entry in value) + "]"
+        return "[" + ", ".join(as_yaml(entry) for entry in value) + "]"
     return _quoted(value) if isinstance(value, str) else json.dumps(value)
 
 

@@ -15,6 +15,8 @@ from etude.errors import ConfigError
 if TYPE_CHECKING:
     from etude.arguments import TrainingArguments
     from etude.cli.recipe import Recipe, Settings
+    from etude.cli.screen import ScreenTrainer
+    from etude.cli.sources import Sources
     from etude.data import RowSet, TokenizedRows
 
 
@@ -137,12 +139,14 @@ def run(settings: Settings, *, resume: str, dry_run: bool, trust_remote_code: bo
 
     prepared = prepare(chosen, settings, trust_remote_code=trust_remote_code)
     is_first_process = int(os.environ.get("RANK", "0")) == 0
-    if is_first_process:
+    if not dry_run:
+        execute(prepared, start, is_first_process=is_first_process)
+    elif is_first_process:
+        from etude.cli.screen import show_without_training
+
         typer.echo(resolution(prepared, settings))
-    if dry_run:
+        show_without_training(build_trainer(prepared))
         typer.echo("dry run: everything above was checked, nothing was trained or written")
-        return
-    execute(prepared, start, is_first_process=is_first_process)
 
 
 def training_arguments(training: Mapping[str, Any], output: str, settings: Settings) -> TrainingArguments:
@@ -181,11 +185,13 @@ def starting_point(resume: str, output: Path) -> str | bool:
     return False
 
 
-def require_sources(key: str, sources: str | list[str] | None) -> None:
+def require_sources(key: str, sources: Sources | None) -> None:
     """Raise ConfigError for data that is not there, before anything slow begins."""
-    for source in [sources] if isinstance(sources, str) else sources or []:
-        if not Path(source).expanduser().exists():
-            raise ConfigError(f"'{source}': no such file or folder", field=key)
+    from etude.cli.sources import sources_of
+
+    for source in sources_of(key, sources):
+        if not Path(source.path).expanduser().exists():
+            raise ConfigError(f"'{source.path}': no such file or folder", field=key)
 
 
 def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> Prepared:
@@ -227,7 +233,9 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
     training = training_settings(chosen, facts)
     args = training_arguments(training, chosen.output, settings)
     set_seed(args.seed)  # the adapter's start depends on it
-    adapted = attach_lora(model, chosen.lora.r, chosen.lora.alpha, chosen.lora.dropout, chosen.lora.targets)
+    adapted = attach_lora(
+        model, chosen.lora.r, chosen.lora.alpha, chosen.lora.dropout, chosen.lora.targets, use_dora=chosen.lora.dora
+    )
     # The global batch is what a repetition keeps, on however many processes; how it was dealt follows from it.
     dealt = {"per_device_train_batch_size", "gradient_accumulation_steps"} - chosen.training.keys()
     resolved = replace(
@@ -241,20 +249,27 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
 
 
 def read_data(chosen: Recipe) -> tuple[RowSet, RowSet | None]:
-    """Training and evaluation rows: two files, or one that is split by a hash of each row."""
-    from etude.data import read_rows, split_by_hash
+    """Training and evaluation rows: two files, or one that is split by a hash of each row.
 
-    rows = read_rows(chosen.data, on_bad_row=chosen.on_bad_row)
+    Weights of sources count in training alone: every held-out row is there once.
+    """
+    from etude.cli.sources import sources_of
+    from etude.data import read_rows, repeat_by_weight, split_by_hash
+
+    sources = sources_of("data", chosen.data)
+    rows = read_rows([source.path for source in sources], on_bad_row=chosen.on_bad_row)
+    eval_set: RowSet | None = None
     if chosen.eval_data is not None:
-        return rows, read_rows(chosen.eval_data, on_bad_row=chosen.on_bad_row)
-    if chosen.eval_fraction == 0:
-        return rows, None
-    train_set, eval_set = split_by_hash(rows, chosen.eval_fraction)
-    return (train_set, eval_set) if len(train_set) else (rows, None)
+        eval_set = read_rows(chosen.eval_data, on_bad_row=chosen.on_bad_row)
+    elif chosen.eval_fraction > 0:
+        train_set, held_out = split_by_hash(rows, chosen.eval_fraction)
+        rows, eval_set = (train_set, held_out) if len(train_set) else (rows, None)
+    return repeat_by_weight(rows, sources), eval_set
 
 
 def absolute_paths(chosen: Recipe) -> dict[str, Any]:
     """The paths of a recipe as they are found from every folder; Hub names stay names."""
+    from etude.cli.sources import with_paths
 
     def absolute(path: str) -> str:
         found = Path(path).expanduser()
@@ -263,50 +278,40 @@ def absolute_paths(chosen: Recipe) -> dict[str, Any]:
     paths: dict[str, Any] = {"output": str(Path(chosen.output).resolve()), "model": absolute(chosen.model)}
     for key in ("data", "eval_data"):
         sources = getattr(chosen, key)
-        paths[key] = (
-            [absolute(source) for source in sources] if isinstance(sources, list) else sources and absolute(sources)
-        )
+        paths[key] = with_paths(sources, absolute)
     return paths
 
 
-def resolution(prepared: Prepared, settings: Settings) -> str:
-    """What the run was resolved to: every setting with who chose it, then the data and the adapter in numbers."""
-    recipe, args = prepared.recipe, prepared.args
+def all_settings(recipe: Recipe) -> dict[str, Any]:
+    """Every setting of a recipe that has a value, those of the adapter as `lora.r`; no tokens."""
     values = {item.name: getattr(recipe, item.name) for item in fields(recipe) if item.name not in ("lora", "training")}
     values |= {f"lora.{item.name}": getattr(recipe.lora, item.name) for item in fields(recipe.lora)}
     values |= dict(sorted(recipe.training.items()))
-    shown = {key: value for key, value in values.items() if value is not None and "token" not in key}
+    return {key: value for key, value in values.items() if value is not None and not key.endswith("token")}
+
+
+def resolution(prepared: Prepared, settings: Settings) -> str:
+    """What the run was resolved to: every setting with who chose it."""
+    shown = all_settings(prepared.recipe)
     width = max(map(len, shown))
     lines = [
         f"{key:<{width}}  {value}  ({settings[key].origin if key in settings else 'default'})"
         for key, value in shown.items()
     ]
-    trainable = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in prepared.model.parameters())
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    lines += [
-        "",
-        f"train    {prepared.train_rows.statistics.describe()}",
-        f"eval     {prepared.eval_rows.statistics.describe() if prepared.eval_rows is not None else 'no rows held out'}",
-        f"adapter  {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})",
-        f"batch    {per_device} rows x {accumulation} steps x {processes} processes = {per_device * accumulation * processes} per update",
-    ]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
-def execute(prepared: Prepared, start: str | bool, *, is_first_process: bool) -> None:
-    """Train, keep the best adapter in the output folder, and say how it went."""
+def build_trainer(prepared: Prepared) -> ScreenTrainer:
+    """The trainer of a run, which shows the start screen."""
     from etude.callbacks import EarlyStoppingCallback
-    from etude.cli.recipe import save
+    from etude.cli.screen import ScreenTrainer
     from etude.data import CausalLMCollator
-    from etude.trainer import Trainer
 
     recipe, args = prepared.recipe, prepared.args
     callbacks = []
     if recipe.early_stopping_patience and args.load_best_model_at_end:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping_patience))
-    trainer = Trainer(
+    trainer = ScreenTrainer(
         model=prepared.model,
         args=args,
         data_collator=CausalLMCollator(prepared.tokenizer),
@@ -315,13 +320,26 @@ def execute(prepared: Prepared, start: str | bool, *, is_first_process: bool) ->
         processing_class=prepared.tokenizer,
         callbacks=callbacks,
     )
+    trainer.max_length = recipe.max_length
+    return trainer
+
+
+def execute(prepared: Prepared, start: str | bool, *, is_first_process: bool) -> None:
+    """Train, keep the best adapter in the output folder with its report, and say how it went."""
+    from etude.cli.recipe import save
+    from etude.cli.screen import finish
+
+    recipe = prepared.recipe
+    trainer = build_trainer(prepared)
     if is_first_process:
         Path(recipe.output).mkdir(parents=True, exist_ok=True)
         save(recipe, Path(recipe.output))
     result = trainer.train(resume_from_checkpoint=start)
     trainer.save_model()
     if is_first_process:
+        report = finish(trainer, settings=all_settings(recipe))
         typer.echo(
             f"trained {result.global_step} steps, mean training loss {result.training_loss:.4f}\n"
-            f"adapter: {recipe.output}"
+            f"adapter: {recipe.output}\n"
+            f"report:  {report}"
         )

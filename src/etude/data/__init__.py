@@ -2,7 +2,7 @@
 
 from etude.data.collate import CausalLMCollator, default_collator
 from etude.data.formats import FORMATS, detect_format
-from etude.data.rows import RowSet, read_rows, split_by_hash
+from etude.data.rows import RowSet, read_rows, repeat_by_weight, split_by_hash
 from etude.data.tokens import Statistics, TokenizedRows, encode_row, encode_rows
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "encode_row",
     "encode_rows",
     "read_rows",
+    "repeat_by_weight",
     "split_by_hash",
 ]

@@ -91,9 +91,7 @@ class StepBatches:
     def advance(self) -> bool:
         """Load the micro-batches of the next step; False at the end of the epoch."""
         self._state_before = self.stream.state()
-        loaded: list[Any] = []
-        while len(loaded) < self.accumulation and (batch := self.stream.next()) is not None:
-            loaded.append(batch)
+        loaded = self.load()
         first = self.position.batches_done
         self._next_step = [
             MicroBatch(
@@ -108,6 +106,19 @@ class StepBatches:
         ]
         return bool(loaded)
 
+    def load(self) -> list[Any]:
+        """The collated batches of the next step, none at the end of the epoch."""
+        batches: list[Any] = []
+        while len(batches) < self.accumulation and (batch := self.stream.next()) is not None:
+            batches.append(batch)
+        return batches
+
+    def items_of(self, batches: list[MicroBatch]) -> int | None:
+        """The number of items in all batches of a step together; None where one has no labels."""
+        counts = [batch.num_items for batch in batches]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
     def loaded(self) -> list[MicroBatch]:
         """The batches of the next step, where it is loaded and not yet handed out."""
         return self._next_step
@@ -117,10 +128,8 @@ class StepBatches:
         batches, self._next_step = self._next_step, []
         self.position.batches_done += len(batches)
         self.current_size = len(batches)
-        counts = [batch.num_items for batch in batches]
-        known = [count for count in counts if count is not None]
         self.on_batches(batches)
-        return self.cut(batches), sum(known) if len(known) == len(counts) else None
+        return self.cut(batches), self.items_of(batches)
 
     def saved_position(self) -> Position:
         """The position after the last step handed out, with the state a streamed dataset needs to return to it."""

@@ -1,4 +1,5 @@
-"""Files -> records that know their line. One reader per kind of file: JSON lines, a JSON array, CSV, Parquet.
+"""Files -> records that know their line. One reader per kind: JSON lines, a JSON array, CSV, Parquet, and the folder
+that `datasets` writes with `save_to_disk`.
 
 A reader yields a `Record` for every row, good or bad, and raises `DataError` for what makes the whole file unreadable.
 Nothing is trusted: not the size, not the encoding, not that the file is a file.
@@ -328,6 +329,25 @@ def read_parquet(path: Path) -> Iterator[Record]:
             ) from None
 
 
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`: a data set, or several splits of one."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def read_saved_dataset(path: Path) -> Iterator[Record]:
+    """Rows of a folder that `datasets` wrote; their `line` is the row number, from 1."""
+    datasets: Any = require("datasets", purpose="reading a saved data set", install="pip install 'etude[datasets]'")
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(entry.name for entry in path.iterdir() if (entry / "state.json").is_file())
+        raise DataError(f"expected one data set, got the splits {', '.join(splits)}; name one: {path}/SPLIT", file=path)
+    try:
+        for number, row in enumerate(datasets.load_from_disk(str(path)), start=1):
+            yield Record(number, row)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"expected a whole data set saved by datasets, it is damaged: {reason}", file=path) from None
+
+
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
@@ -343,6 +363,8 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         DataError: the name says nothing known, or the file cannot be read as what it says.
     """
+    if path.is_dir() and is_saved_dataset(path):
+        return read_saved_dataset(path)
     suffix = path.suffix.lower()
     if suffix not in READERS and suffix not in COMPRESSED_SUFFIXES:
         raise DataError(f"expected a file named {', '.join(READERS)}, got '{suffix or path.name}'", file=path)

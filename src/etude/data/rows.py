@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from etude.data.formats import FORMATS, Problem, Row, detect_format, expected_fields, row_problem
-from etude.data.readers import COMPRESSED_SUFFIXES, READERS, Record, read_records
+from etude.data.readers import COMPRESSED_SUFFIXES, READERS, Record, is_saved_dataset, read_records
 from etude.errors import ConfigError, DataError, nearest
 
 Source = str | Path | Sequence[str | Path] | Sequence[Row]
@@ -107,7 +107,8 @@ def read_rows(source: Source, on_bad_row: OnBadRow = "stop", format: str | None 
     """Read and check every row of a file, of a folder (its data files, sorted by name), or of a list of those.
 
     Args:
-        source: `.jsonl`, `.ndjson`, `.json` (an array), `.csv` or `.parquet` files, or rows already in memory.
+        source: `.jsonl`, `.ndjson`, `.json` (an array), `.csv` or `.parquet` files, folders that `datasets` saved
+            (`save_to_disk`), or rows already in memory.
         on_bad_row: `"stop"` raises at the first bad row, `"skip"` collects bad rows in `rejected`. What makes a whole
             file unreadable always raises.
         format: one of `FORMATS`; without it, the fields of the first good row decide. All rows have the same format.
@@ -144,6 +145,17 @@ def read_rows(source: Source, on_bad_row: OnBadRow = "stop", format: str | None 
     return rows
 
 
+def format_of(source: str | Path | Sequence[str | Path]) -> str | None:
+    """The format of the first row that has one, without reading further.
+
+    Raises:
+        DataError: the data is not there, or cannot be read up to such a row.
+    """
+    records = (record for file in _files_of(source) for record in _records_of(file))
+    formats = (detect_format(record.value) for record in records if isinstance(record.value, dict))
+    return next((format for format in formats if format is not None), None)
+
+
 def _problem(record: Record, rows: RowSet) -> Problem | None:
     """What is wrong with a record; the first row with known fields decides the format of a row set without one."""
     if record.problem is not None:
@@ -177,7 +189,7 @@ def _files_of(source: str | Path | Sequence[str | Path]) -> list[Path]:
             raise DataError("expected at least one file or row, got an empty list")
         return [file for item in source for file in _files_of(item)]
     path = Path(source).expanduser()
-    if not path.is_dir():
+    if not path.is_dir() or is_saved_dataset(path):
         return [path]
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith(".") and not entry.is_dir())
     # A compressed file in the folder is data that would be left out without a word: its reader refuses it.
@@ -201,6 +213,21 @@ def split_by_hash(rows: RowSet, fraction: float, seed: int = 0) -> tuple[RowSet,
     held_out = [_hash_share(row, seed) < fraction for row in rows]
     train = rows.subset([index for index, is_held_out in enumerate(held_out) if not is_held_out])
     return train, rows.subset([index for index, is_held_out in enumerate(held_out) if is_held_out])
+
+
+def repeat_by_weight(rows: RowSet, weights: Sequence[tuple[str | Path, float]]) -> RowSet:
+    """The rows of each source as often as its weight says; of a broken weight, a share that a hash of the row chooses.
+
+    Args:
+        weights: (file or folder, weight) pairs. Weight 2 has every row twice, 0.25 a quarter of the rows; rows of
+            other files stay as they are.
+    """
+    of_file = {str(file): weight for source, weight in weights for file in _files_of(source)}
+    chosen: list[int] = []
+    for index, row in enumerate(rows):
+        times, share = divmod(of_file.get(rows.origin(index)[0], 1.0), 1)
+        chosen += [index] * (int(times) + (_hash_share(row, seed=1) < share))
+    return rows.subset(chosen)
 
 
 def _hash_share(row: Row, seed: int) -> float:

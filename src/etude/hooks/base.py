@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from etude.accelerator_view import AcceleratorView
     from etude.arguments import TrainingArguments
     from etude.callbacks import CallbackHandler, TrainerControl, TrainerState
     from etude.cut import AsCollated, Packed
+    from etude.model.graphs import GraphedLoss
     from etude.notices import Notices
+    from etude.observe.memory import MemoryUse
+    from etude.observe.throughput import ThroughputCallback
     from etude.precision import Precision
     from etude.recovery import SaveAttempts
     from etude.run import Run
@@ -42,10 +46,19 @@ class Composition:
     control: TrainerControl
     callback_handler: CallbackHandler
     notices: Notices
+    throughput: ThroughputCallback
     precision: Precision
     is_in_train: bool
     is_model_parallel: bool
     place_model_on_device: bool
+
+    accelerator: AcceleratorView
+    label_smoother: Any
+    """(outputs, labels, shift_labels, num_items_in_batch) -> loss; None where labels are not smoothed."""
+    neftune_noise_alpha: float | None
+    is_last_micro_batch: bool
+    """Whether the micro-batch in hand is the last of its step."""
+    memory: MemoryUse
 
     label_names: list[str]
     can_return_loss: bool
@@ -57,6 +70,8 @@ class Composition:
     """Overridden methods that see batches or losses, so that the general path is taken."""
     path: Any
     """How a micro-batch is computed; None until the first one has been seen."""
+    graphs: GraphedLoss | None
+    """Forward and backward by CUDA graph, where that is on."""
     cutter: AsCollated | Packed
     """Cuts the batches of a step into micro-batches."""
     cut: dict[str, Any]
@@ -75,6 +90,7 @@ class Composition:
     _tr_loss: torch.Tensor
     _total_loss_scalar: float
     _globalstep_last_logged: int
+    _initial_num_input_tokens_seen: int
 
     if TYPE_CHECKING:  # methods of one group that another calls
 
@@ -82,15 +98,21 @@ class Composition:
         def store_flos(self) -> None: ...
         def get_eval_dataloader(self, eval_dataset: Any = None) -> Any: ...
         def get_test_dataloader(self, test_dataset: Any) -> Any: ...
+        def _tells_overrides_items(self) -> bool: ...
         def compute_loss_context_manager(self) -> AbstractContextManager[Any]: ...
         def _prepare_inputs(self, inputs: Any) -> Any: ...
         def choose_path(self, inputs: Any) -> None: ...
+        def build_graphs(self) -> Any: ...
         def build_compile_switch(self, max_steps: int) -> Any: ...
         def items_tensor(self, num_items: int | None) -> torch.Tensor | None: ...
         def compute_loss(
             self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any: ...
         def _get_learning_rate(self) -> float: ...
+        def _stateful_callbacks(self) -> list[Any]: ...
+        def _report_to_hp_search(self, trial: Any, step: int, metrics: dict[str, float]) -> None: ...
+        def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None) -> Any: ...
+        def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None) -> dict[str, float]: ...
         def _evaluate(
             self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
         ) -> dict[str, float]: ...
@@ -126,6 +148,14 @@ def accepts(method: Callable[..., Any], name: str) -> bool:
 
 def as_tuple(inputs: Any) -> tuple[Any, ...]:
     return tuple(inputs) if isinstance(inputs, (list, tuple)) else (inputs,)
+
+
+def plain_number(value: Any) -> float | int | None:
+    """A count as a Python number, whole where it is whole; tensors and NumPy scalars are read."""
+    if value is None:
+        return None
+    number = value.item() if hasattr(value, "item") else value
+    return int(number) if float(number).is_integer() else float(number)
 
 
 def speed_metrics(prefix: str, seconds: float, num_samples: float, num_steps: int) -> dict[str, float]:

@@ -137,9 +137,6 @@ class CheckpointHooks(Composition):
             is_world_process_zero=self.is_world_process_zero(),
         )
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.args.output_dir)
-
 
 def _is_transformers_exportable(callback: Any) -> bool:
     return any(base.__name__ == "ExportableState" for base in type(callback).__mro__)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
+import torch
+
 from etude.arguments import TrainingArguments
+from etude.data.batching import count_items
 from etude.data.columns import ColumnDroppingCollator, accepted_columns, drop_unused_columns
 from etude.data.loader import build_loader, has_length, is_streamed
 from etude.data.order import EpochBatches, EpochSampler
@@ -98,6 +103,21 @@ class DataHooks(Composition):
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         self._set_signature_columns_if_needed()
         return ColumnDroppingCollator(data_collator, self._signature_columns or [])
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device | None = None
+    ) -> tuple[list[Any], Any]:
+        """The next `num_batches` batches (fewer where the epoch ends) and the number of items in all of them."""
+        batches = list(islice(epoch_iterator, num_batches))
+        return batches, self.call_hook(self._get_num_items_in_batch, batches, device=device or self.args.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device | None = None) -> Any:
+        """What the loss of these batches is divided by: their supervised items; None where one of them has no labels."""
+        counts = [count_items(batch, shifts_labels=self.shifts_labels) for batch in batch_samples]
+        known = [count for count in counts if count is not None]
+        if not known or len(known) < len(counts):
+            return None
+        return torch.tensor(sum(known), device=device)
 
     def num_examples(self, dataloader: Any) -> int | None:
         """The number of samples behind a loader; None for a stream."""

@@ -34,8 +34,9 @@ class EvaluationHooks(Composition):
         started = time.time()
         loader = self.get_eval_dataloader(dataset if override or isinstance(dataset, str) else None)
         loss_only = True if self.compute_metrics is None else None
-        output = self.evaluation_loop(loader, "Evaluation", loss_only, ignore_keys, metric_key_prefix)
-        metrics = output.metrics or {}
+        with self.memory.stage("eval") as memory:
+            output = self.evaluation_loop(loader, "Evaluation", loss_only, ignore_keys, metric_key_prefix)
+            metrics = (output.metrics or {}) | memory.finish()
         metrics |= self._evaluation_speed(metric_key_prefix, started, output)
         self.call_hook(self.log, metrics)
         if self.is_in_train and self.state.best_metric is None:
@@ -49,10 +50,12 @@ class EvaluationHooks(Composition):
         """Outputs, labels and metrics of a test set."""
         started = time.time()
         loader = self.get_test_dataloader(test_dataset)
-        output = self.evaluation_loop(
-            loader, description="Prediction", ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        metrics = (output.metrics or {}) | self._evaluation_speed(metric_key_prefix, started, output)
+        with self.memory.stage("test") as memory:
+            output = self.evaluation_loop(
+                loader, description="Prediction", ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix
+            )
+            metrics = (output.metrics or {}) | memory.finish()
+        metrics |= self._evaluation_speed(metric_key_prefix, started, output)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         return PredictionOutput(output.predictions, output.label_ids, metrics)
 
@@ -95,7 +98,9 @@ class EvaluationHooks(Composition):
         def run_loop() -> EvalLoopOutput:
             return evaluate(
                 dataloader,
-                predict=lambda inputs: self.prediction_step(model, inputs, loss_only, ignore_keys=ignore_keys),
+                predict=lambda inputs: self.call_hook(
+                    self.prediction_step, model, inputs, loss_only, ignore_keys=ignore_keys
+                ),
                 count_items=lambda inputs: count_items(inputs, shifts_labels=self.shifts_labels),
                 keep=keep,
                 on_batch=on_batch,
@@ -134,7 +139,9 @@ class EvaluationHooks(Composition):
                 num_items = count_items(inputs, shifts_labels=self.shifts_labels)
                 if prediction_loss_only and self.path is not None and self.path.name == "packed" and num_items:
                     return self.path.loss(model, inputs, num_items).detach(), None, None
-                sees_items = "compute_loss" in self.overridden and num_items is not None
+                sees_items = (
+                    "compute_loss" in self.overridden and num_items is not None and self._tells_overrides_items()
+                )
                 items = self.items_tensor(num_items) if sees_items else None
                 loss, outputs = self.call_hook(
                     self.compute_loss, model, inputs, return_outputs=True, num_items_in_batch=items
@@ -158,7 +165,8 @@ class EvaluationHooks(Composition):
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
     ) -> dict[str, float]:
-        metrics = self.evaluate(ignore_keys=ignore_keys_for_eval)
+        metrics: dict[str, float] = self.call_hook(self.evaluate, ignore_keys=ignore_keys_for_eval)
+        self._report_to_hp_search(trial, self.state.global_step, metrics)
         if self.schedule_follows_metric and not skip_scheduler:
             self.lr_scheduler.step(_metric_named(self.args.metric_for_best_model or "loss", metrics))
         return metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from etude.errors import DataError
 from etude.hooks.base import Composition, accepts, as_tuple
 from etude.kernels.plan import CompileSwitch
 from etude.model import loss as model_loss
+from etude.model.graphs import GraphedLoss, graph_obstacle, launch_bound_tokens
 from etude.model.memory import TokenBudget
 from etude.model.packing import PackedBatch
 
@@ -46,7 +47,9 @@ class ForwardHooks(Composition):
         from etude.model.paths import choose_path
 
         overridden = self.overridden + (("compute_loss_func",) if self.compute_loss_func is not None else ())
-        overridden += ("label_smoothing_factor",) if self.args.label_smoothing_factor else ()
+        overridden += ("label_smoothing_factor",) if self.label_smoother is not None else ()
+        overridden += ("neftune_noise_alpha",) if self.neftune_noise_alpha is not None else ()
+        overridden += ("loss_is_scaled_for_ga",) if self.loss_is_scaled_for_ga is False else ()
         recorded = self._run.recorded_cut if self._run is not None else {}
         on_device = self._prepare_inputs(inputs)
         self.path = choose_path(
@@ -84,6 +87,23 @@ class ForwardHooks(Composition):
         automatic = not self.args.deterministic and "torch_compile" not in self.args.explicit
         return CompileSwitch(self.path.plan, self.args.device, max_steps=max_steps, asked=asked, automatic=automatic)
 
+    def build_graphs(self) -> GraphedLoss | None:
+        """CUDA graphs for micro-batches that would wait for Python; None where that cannot be or was not wanted."""
+        assert self._run is not None
+        if self.args.cuda_graphs is False:
+            return None
+        obstacle = graph_obstacle(self.path, self.args.device, scales_loss=self.precision.scales_loss)
+        if obstacle is not None:
+            if self.args.cuda_graphs:
+                self.notices.say(f"no CUDA graphs: {obstacle}")
+            return None
+        path, model = self.path, self.model_wrapped
+        most_tokens = launch_bound_tokens(sum(parameter.numel() for parameter in self.model.parameters()))
+        self.notices.say(f"CUDA graphs for micro-batches of up to {most_tokens:,} tokens")
+        return GraphedLoss(
+            lambda batch: path.loss(model, batch, 1), self.compute_loss_context_manager, self.args.device, most_tokens
+        )
+
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
@@ -93,6 +113,11 @@ class ForwardHooks(Composition):
         for_training = getattr(self.optimizer, "train", None)
         if callable(for_training):
             for_training()
+        if self.graphs is not None and isinstance(inputs, PackedBatch):
+            share = self.graphs(inputs, cast(int, num_items_in_batch))
+            if self.graphs.failure is not None:
+                self.notices.say_once(f"goes on without CUDA graphs: {self.graphs.failure}")
+            return share
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             if isinstance(inputs, PackedBatch):
@@ -107,14 +132,20 @@ class ForwardHooks(Composition):
         return detached
 
     def _general_loss(self, model: nn.Module, inputs: Any, num_items: Any) -> torch.Tensor:
+        is_overridden = "compute_loss" in self.overridden
+        if is_overridden and not self._tells_overrides_items():
+            num_items = None
         loss: torch.Tensor = self.call_hook(self.compute_loss, model, inputs, num_items_in_batch=num_items)
-        if "compute_loss" not in self.overridden:
-            return loss if num_items is not None else loss / self.current_gradient_accumulation_steps
         is_scaled = self.loss_is_scaled_for_ga
         if is_scaled is None:
-            sees_items = accepts(self.compute_loss, "num_items_in_batch")
-            is_scaled = self.model_accepts_loss_kwargs and num_items is not None and sees_items
+            is_scaled = num_items is not None
+            if is_overridden:
+                is_scaled = is_scaled and accepts(self.compute_loss, "num_items_in_batch")
         return loss if is_scaled else loss / self.current_gradient_accumulation_steps
+
+    def _tells_overrides_items(self) -> bool:
+        """Whether an overridden `compute_loss` is told the item count: only where the model or the loss function uses it."""
+        return self.model_accepts_loss_kwargs or self.compute_loss_func is not None
 
     def compute_loss(
         self,
@@ -125,7 +156,7 @@ class ForwardHooks(Composition):
     ) -> Any:
         """The loss of one batch: its mean, or with `num_items_in_batch` its sum over items divided by that number."""
         labels = None
-        own_loss = self.args.label_smoothing_factor != 0 or self.compute_loss_func is not None
+        own_loss = self.label_smoother is not None or self.compute_loss_func is not None
         num_items = count_items(inputs, shifts_labels=self.shifts_labels)
         if own_loss and isinstance(inputs, Mapping) and "labels" in inputs:
             labels = inputs["labels"]
@@ -137,12 +168,12 @@ class ForwardHooks(Composition):
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         elif labels is not None:
-            loss = model_loss.smoothed_loss(
+            loss = self.call_hook(
+                self.label_smoother,
                 outputs,
                 labels,
-                epsilon=self.args.label_smoothing_factor,
-                shift=self.shifts_labels,
-                num_items=num_items_in_batch,
+                shift_labels=self.shifts_labels,
+                num_items_in_batch=num_items_in_batch,
             )
         else:
             loss = model_loss.read_loss(outputs)

@@ -9,8 +9,13 @@ from torch import nn
 
 from etude.arguments import TrainingArguments
 from etude.hooks.base import Composition, is_overridden
-from etude.model import adapter
-from etude.optim import create_optimizer, create_scheduler, decay_parameter_names, optimizer_class_and_kwargs
+from etude.optim import (
+    clip_gradients,
+    create_optimizer,
+    create_scheduler,
+    decay_parameter_names,
+    optimizer_class_and_kwargs,
+)
 
 
 class OptimizationHooks(Composition):
@@ -22,7 +27,7 @@ class OptimizationHooks(Composition):
         if not self._given_optimizer:
             self.optimizer = None
         self.create_optimizer()
-        self.create_scheduler(num_training_steps=num_training_steps)
+        self.call_hook(self.create_scheduler, num_training_steps=num_training_steps, optimizer=self.optimizer)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -52,11 +57,21 @@ class OptimizationHooks(Composition):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
 
-    def get_learning_rates(self) -> list[float]:
-        return [group["lr"] for group in self.optimizer.param_groups]
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """Clip the gradient to `max_grad_norm`; its norm before that. Called where `max_grad_norm` is above 0."""
+        assert self._run is not None
+        return clip_gradients(self._run.gradient.parameters, self.args.max_grad_norm)
 
-    def get_num_trainable_parameters(self) -> int:
-        return adapter.count_parameters(self.model)[0]
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm to be logged: that of `_clip_grad_norm`, or measured here where nothing was clipped."""
+        assert self._run is not None
+        return clip_gradients(self._run.gradient.parameters, 0.0) if grad_norm is None else grad_norm
+
+    def clip_by_hooks(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+        """Clipping as the gradient of a step asks for it."""
+        norm = self._clip_grad_norm(self.model_wrapped) if max_norm > 0 else None
+        norm = self.call_hook(self._get_grad_norm, self.model_wrapped, grad_norm=norm)
+        return norm if torch.is_tensor(norm) else torch.tensor(float(norm))
 
     def _get_learning_rate(self) -> float:
         """The learning rate in force: that of the first parameter group."""

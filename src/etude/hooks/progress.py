@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ class ProgressHooks(Composition):
         """Floating-point operations and input tokens of one micro-batch, for the summary."""
         self.current_flos += self.floating_point_ops(inputs)
         self._track_num_input_tokens(inputs)
+        self.throughput.count(inputs, padding_is_removed=self.path is not None and self.path.name == "packed")
 
     def floating_point_ops(self, inputs: Any) -> float:
         """6 x input elements x parameters, transformers' estimate of one forward and backward."""
@@ -49,8 +51,11 @@ class ProgressHooks(Composition):
             return
         tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         mask = inputs.get("attention_mask")
+        pad = getattr(self.processing_class, "pad_token_id", None)
         if torch.is_tensor(mask) and kind == "non_padding":
             self.state.num_input_tokens_seen += int(mask.sum())
+        elif torch.is_tensor(tokens) and kind == "non_padding" and pad is not None:
+            self.state.num_input_tokens_seen += int((tokens != pad).sum())
         elif torch.is_tensor(tokens):
             self.state.num_input_tokens_seen += tokens.numel()
 
@@ -62,7 +67,7 @@ class ProgressHooks(Composition):
         trial: Any,
         epoch: float,
         ignore_keys_for_eval: list[str] | None,
-        start_time: float,
+        start_time: float | None = None,
         learning_rate: float | None = None,
     ) -> None:
         """After a step or an epoch: log, evaluate and save where the control flags ask for it."""
@@ -109,5 +114,10 @@ class ProgressHooks(Composition):
             logs["epoch"] = self.state.epoch
         if self.args.include_num_input_tokens_seen != "no":
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+            if start_time is not None:
+                seconds = time.time() - start_time
+                tokens = self.state.num_input_tokens_seen - self._initial_num_input_tokens_seen
+                logs["train_runtime"] = round(seconds, 4)
+                logs["train_tokens_per_second"] = round(tokens / max(seconds, 1e-9), 3)
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)

@@ -39,11 +39,12 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    weights_N: Tensor | None = None,
     rows_per_chunk: int | None = None,
 ) -> Tensor:
     """The summed cross entropy of `targets` under the head, a float32 scalar (float64 for float64 input).
 
-    Every row counts: leave unlabelled rows out. The head is a constant: only `hidden` receives a gradient. Under
+    Every row counts, or as much as `weights` (float32) says: leave unlabelled rows out. The head is a constant: only `hidden` receives a gradient. Under
     autocast the head is cast once per call, and multiplied in the autocast type.
 
     Raises:
@@ -59,7 +60,7 @@ def linear_cross_entropy(
     rows = rows_per_chunk or default_rows_per_chunk(hidden_ND.device, vocabulary=weight_VD.shape[0])
     with torch.autocast(device_type, enabled=False):
         apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
-        return apply(hidden_ND, weight_VD, targets_N, bias_V, softcap, scale, rows)
+        return apply(hidden_ND, weight_VD, targets_N, weights_N, bias_V, softcap, scale, rows)
 
 
 def linear_logits(
@@ -88,6 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         targets_N: Tensor,
+        weights_N: Tensor | None,
         bias_V: Tensor | None,
         softcap: float | None,
         scale: float,
@@ -105,10 +107,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(hidden_ND[chunk], weight_VD.t(), out=logits)
             if bias_V is not None:
                 logits += bias_V
-            chunk_loss, logits_gradient = _loss_and_gradient(logits, targets_N[chunk], softcap, scale)
-            loss_sum += chunk_loss
+            losses, logits_gradient = _loss_and_gradient(logits, targets_N[chunk], softcap, scale)
+            loss_sum += (losses if weights_N is None else losses[:, 0] * weights_N[chunk]).sum()
             if gradient_ND is not None:
                 torch.mm(logits_gradient, weight_VD, out=gradient_ND[chunk])
+        if gradient_ND is not None and weights_N is not None:
+            gradient_ND.mul_(weights_N[:, None])
         ctx.save_for_backward(gradient_ND)
         return loss_sum
 
@@ -118,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (gradient_ND,) = ctx.saved_tensors
         # The product is taken in the scalar's float32: a loss scale of 65,536 has no float16.
         hidden_gradient = (gradient_ND * loss_gradient.to(_accumulator(gradient_ND.dtype))).to(gradient_ND.dtype)
-        return hidden_gradient, None, None, None, None, None, None
+        return hidden_gradient, None, None, None, None, None, None, None
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -134,7 +138,7 @@ def _shape_logits(logits: Tensor, softcap: float | None, scale: float) -> Tensor
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Summed loss of a chunk and the gradient of its raw logits; the memory of `logits` is used up."""
+    """Losses of a chunk, (rows, 1), and the gradient of its raw logits; the memory of `logits` is used up."""
     if scale != 1.0:
         logits.mul_(scale)
     if softcap is None:
@@ -145,7 +149,7 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, softcap: float | None, s
         gradient.mul_(tanh.square_().neg_().add_(1.0))
     if scale != 1.0:
         gradient.mul_(scale)
-    return losses.sum(), gradient
+    return losses, gradient
 
 
 def _softmax_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,36 @@ def read_loss(outputs: Any) -> torch.Tensor:
     return loss
 
 
+class LabelSmoother:
+    """The loss of `label_smoothing_factor`, with the call that transformers' has."""
+
+    def __init__(self, epsilon: float = 0.1, ignore_index: int = IGNORED_LABEL) -> None:
+        self.epsilon, self.ignore_index = epsilon, ignore_index
+
+    def __call__(
+        self,
+        model_output: Any,
+        labels: torch.Tensor,
+        shift_labels: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        return smoothed_loss(
+            model_output,
+            labels.masked_fill(labels == self.ignore_index, IGNORED_LABEL),
+            epsilon=self.epsilon,
+            shift=shift_labels,
+            num_items=num_items_in_batch,
+        )
+
+
+def label_smoother(model: Any, factor: float) -> LabelSmoother | None:
+    """None where labels are not smoothed; those of several classes at once cannot be."""
+    config = getattr(model, "config", None)
+    if factor == 0 or getattr(config, "problem_type", None) == "multi_label_classification":
+        return None
+    return LabelSmoother(factor)
+
+
 def smoothed_loss(
     outputs: Any, labels: torch.Tensor, *, epsilon: float, shift: bool, num_items: torch.Tensor | int | None
 ) -> torch.Tensor:

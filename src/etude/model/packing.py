@@ -51,6 +51,8 @@ class PackedBatch:
     """(N): tokens of the row whose next token is labelled."""
     targets: Tensor
     """(N): those labels."""
+    weights: Tensor | None = None
+    """(N) float32: what each label counts; None where each counts 1."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """A copy on `device`; to a GPU through pinned memory, so that the host does not wait for it."""

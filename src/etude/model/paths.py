@@ -103,7 +103,13 @@ class PackedPath:
         hidden_ND = self.hidden_states(model, batch)[batch.predicting]
         head = read_head(causal_model(model))
         return linear_cross_entropy(
-            hidden_ND, head.weight, batch.targets, bias_V=head.bias, softcap=head.softcap, scale=head.scale
+            hidden_ND,
+            head.weight,
+            batch.targets,
+            bias_V=head.bias,
+            softcap=head.softcap,
+            scale=head.scale,
+            weights_N=batch.weights,
         )
 
     def _model_logits(self, model: nn.Module, batch: PackedBatch) -> Tensor:

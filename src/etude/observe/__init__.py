@@ -8,6 +8,7 @@ from __future__ import annotations
 from etude.observe.console import PrinterCallback, ProgressCallback
 from etude.observe.jsonl import JsonlCallback
 from etude.observe.tensorboard import TensorBoardCallback
+from etude.observe.throughput import ThroughputCallback
 from etude.observe.trackers import TRACKER_NAMES, tracker_callbacks
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "PrinterCallback",
     "ProgressCallback",
     "TensorBoardCallback",
+    "ThroughputCallback",
     "tracker_callbacks",
 ]

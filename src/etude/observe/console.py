@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from etude.errors import require
+from etude.observe.amounts import of_seconds, of_share
+from etude.observe.throughput import ThroughputCallback
 
 # Known quantities get a short name and the digits that people compare; the rest is shown under its own name.
 _SHORT: Mapping[str, tuple[str, Callable[[float], str]]] = {
@@ -20,6 +22,8 @@ _SHORT: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "grad_norm": ("grad", lambda value: f"{value:.2g}" if abs(value) < 10 else f"{value:.1f}"),
 }
 _SHOWN_ELSEWHERE = ("epoch", "step", "total_flos")
+SMOOTHING = 0.9
+"""Weight of what was before in the loss that the bar shows; the lines show each loss as it is."""
 
 
 def printable(text: str, max_length: int | None = None) -> str:
@@ -41,6 +45,22 @@ def log_line(logs: Mapping[str, Any], step: int, max_steps: int, max_text_length
     return "  ".join(parts)
 
 
+def speed_words(throughput: ThroughputCallback | None) -> list[str]:
+    """`1,234 tok/s`, `padding -43%`, `3.2 GiB`, `2 min left`: as many as are known."""
+    if throughput is None or not throughput.figures:
+        return []
+    figures, words = throughput.figures, []
+    if "tokens_per_second" in figures:
+        words.append(f"{figures['tokens_per_second']:,.0f} tok/s")
+    if figures.get("padding_avoided"):
+        words.append(f"padding -{of_share(figures['padding_avoided'])}")
+    if "memory_gib" in figures:
+        words.append(f"{figures['memory_gib']:.1f} GiB")
+    if throughput.seconds_left:
+        words.append(f"{of_seconds(throughput.seconds_left)} left")
+    return words
+
+
 def _shown(value: Any, max_text_length: int, digits: Callable[[float], str]) -> str:
     if isinstance(value, float) and math.isfinite(value):
         return digits(value)
@@ -53,15 +73,20 @@ class LineWriter:
     Args:
         stream: where to; by default whatever `sys.stdout` is at that moment.
         max_str_len: texts among the logs are cut to this length.
+        throughput: what measures the speed that a line ends with; none by default.
     """
 
-    def __init__(self, stream: TextIO | None = None, max_str_len: int = 100) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, max_str_len: int = 100, throughput: ThroughputCallback | None = None
+    ) -> None:
         self.stream = stream
         self.max_str_len = max_str_len
+        self.throughput = throughput
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_local_process_zero and logs:
-            self.write(log_line(logs, state.global_step, state.max_steps, self.max_str_len))
+            line = log_line(logs, state.global_step, state.max_steps, self.max_str_len)
+            self.write("  ".join([line, *speed_words(self.throughput)]))
 
     def write(self, line: str) -> None:
         """Show a line that is safe to show."""
@@ -75,7 +100,7 @@ class PrinterCallback(LineWriter):
 
 
 class ProgressCallback(LineWriter):
-    """A progress bar with steps, loss, learning rate and time left, and the lines of `PrinterCallback` above it.
+    """A progress bar with steps, smoothed loss, learning rate, speed and time left, and the lines of `PrinterCallback`.
 
     There is no bar, only lines, where `args.disable_tqdm` is set or the bar would not go to a terminal.
 
@@ -83,17 +108,26 @@ class ProgressCallback(LineWriter):
         max_str_len: texts among the logs are cut to this length.
         stream: where the lines go; by default whatever `sys.stdout` is at that moment.
         bar_stream: where the bars go; by default `sys.stderr`.
+        throughput: what measures the speed that is shown; none by default.
     """
 
-    def __init__(self, max_str_len: int = 100, stream: TextIO | None = None, bar_stream: TextIO | None = None) -> None:
-        super().__init__(stream, max_str_len)
+    def __init__(
+        self,
+        max_str_len: int = 100,
+        stream: TextIO | None = None,
+        bar_stream: TextIO | None = None,
+        throughput: ThroughputCallback | None = None,
+    ) -> None:
+        super().__init__(stream, max_str_len, throughput)
         self.bar_stream = bar_stream
+        self._loss = SmoothedLoss()
         self.training_bar: Any = None
         self.prediction_bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and self._has_audience(args):
             # A resumed run starts in the middle: its rate, and so the time left, counts only the steps of this session.
+            self._loss = SmoothedLoss()
             self.training_bar = self._bar(total=state.max_steps, initial=state.global_step, unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -103,11 +137,14 @@ class ProgressCallback(LineWriter):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().on_log(args, state, control, logs=logs, **kwargs)
         if self.training_bar is not None and logs and "loss" in logs:
-            shown = {name: logs[name] for name in ("loss", "learning_rate") if name in logs}
-            self.training_bar.set_postfix_str(
-                " ".join(f"{_SHORT[name][0]} {_shown(value, 20, _SHORT[name][1])}" for name, value in shown.items()),
-                refresh=False,
-            )
+            shown = {"loss": self._loss.after(logs["loss"]), "learning_rate": logs.get("learning_rate")}
+            words = [
+                f"{_SHORT[name][0]} {_shown(value, 20, _SHORT[name][1])}"
+                for name, value in shown.items()
+                if value is not None
+            ]
+            speed = [word for word in speed_words(self.throughput) if word.endswith("tok/s")]
+            self.training_bar.set_postfix_str(" ".join(words + speed), refresh=False)
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -150,6 +187,20 @@ class ProgressCallback(LineWriter):
         if self.prediction_bar is not None:
             self.prediction_bar.close()
             self.prediction_bar = None
+
+
+class SmoothedLoss:
+    """An exponential mean that is right from its first value on. Values that are not finite are passed through."""
+
+    def __init__(self) -> None:
+        self._sum, self._weight = 0.0, 0.0
+
+    def after(self, loss: Any) -> Any:
+        if not isinstance(loss, (int, float)) or not math.isfinite(loss):
+            return loss
+        self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
+        self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        return self._sum / self._weight
 
 
 def _length(loader: Any) -> int | None:

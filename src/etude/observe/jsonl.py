@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from etude.observe.throughput import ThroughputCallback
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -21,10 +23,12 @@ class JsonlCallback:
 
     Args:
         path: the file; by default `metrics.jsonl` in `args.output_dir`.
+        throughput: what measures the speed that a row of the training loss holds as well; none by default.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None, throughput: ThroughputCallback | None = None) -> None:
         self.path = Path(path) if path is not None else None
+        self.throughput = throughput
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -37,7 +41,8 @@ class JsonlCallback:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Opened anew for each row: a killed run leaves nothing in a buffer, and an evaluation without training no open file.
         with path.open("a", encoding="utf-8") as file:
-            file.write(row(logs, state.global_step) + "\n")
+            extra = self.throughput.figures if self.throughput is not None else {}
+            file.write(row({**extra, **logs}, state.global_step) + "\n")
 
     def _place(self, args: Any) -> Path:
         return self.path or Path(args.output_dir) / FILE_NAME

@@ -44,6 +44,15 @@ class Gradient:
         self.clip = clip or clip_gradients
         self.shares: list[tuple[Any, torch.Tensor]] = []
         self._must_reach_adapters = True
+        self._flat: torch.Tensor | None = None
+
+    def keep_in_place(self) -> None:
+        """Hold all gradients in one float32 buffer from now on; `p.grad` is a view of it that is never replaced."""
+        self._flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.device)
+        offset = 0
+        for parameter in self.parameters:
+            parameter.grad = self._flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
 
     def zero(self) -> torch.Tensor:
         """Forget the last step's gradients; returns a zero loss to sum into."""
@@ -82,7 +91,13 @@ class Gradient:
         self.scaler.unscale(self.optimizer)
         if self._must_reach_adapters:
             self._require_any_gradient()
-        return self.clip(self.parameters, self.max_norm)
+        return self.clip(self.parameters, self.max_norm) if self._flat is None else self._clip_flat(self._flat)
+
+    def _clip_flat(self, gradient: torch.Tensor) -> torch.Tensor:
+        norm = gradient.norm()
+        if self.max_norm > 0:
+            gradient.mul_((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def require_finite(self, loss: torch.Tensor, norm: torch.Tensor | float | None, step: Any) -> None:
         """
@@ -107,13 +122,16 @@ class Gradient:
         )
 
     def _forget(self) -> None:
+        if self._flat is not None:
+            self._flat.zero_()
+            return
         for parameter in self.parameters:
             parameter.grad = None
 
     def _require_any_gradient(self) -> None:
         """After the first step, some trainable parameter must have a gradient, or the run would train nothing."""
         self._must_reach_adapters = False
-        if not any(parameter.grad is not None for parameter in self.parameters):
+        if not any(p.grad is not None and (self._flat is None or p.grad.any()) for p in self.parameters):
             raise ModelError(
                 "no trainable parameter received a gradient in the first step: the loss does not depend on the adapter. "
                 "Is the adapter active (model.set_adapter), or cut off by torch.no_grad or activation checkpointing?"

@@ -1,0 +1,76 @@
+"""Names that scripts and subclasses look for, and that need nothing of ours behind them, or are refused with the reason."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import nn
+
+from etude.accelerator_view import AcceleratorView
+from etude.errors import ConfigError
+from etude.hooks.base import Composition
+
+UPLOADS_NOTHING = "etude uploads nothing; save locally (save_model), then `hf upload REPOSITORY FOLDER`"
+
+REFUSED_OVERRIDES = {
+    "_inner_training_loop": "the loop is etude's own. Override training_step, compute_loss or a callback event",
+    "_run_epoch": "the loop is etude's own. Override training_step or get_batch_samples, or use on_epoch_begin and -_end",
+}
+"""Hooks of the peer's loop that have no counterpart, and what to override instead."""
+
+
+class NamedHooks(Composition):
+    """What is there so that it can be called, looked at or overridden."""
+
+    deepspeed: Any = None
+    is_deepspeed_enabled = False
+    is_fsdp_enabled = False
+    is_fsdp_xla_enabled = False
+    hub_model_id: str | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Build `trainer.accelerator`; called once, before the model is looked at."""
+        self.accelerator = AcceleratorView(self)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """The model as the loop calls it. Nothing is wrapped: gradients are summed by one reduction of ours."""
+        return model
+
+    def get_sp_size(self) -> int:
+        return 1
+
+    def get_cp_size(self) -> int:
+        return 1
+
+    def get_tp_size(self) -> int:
+        return 1
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write the model card, `README.md`: peft's, which every saved adapter gets as well."""
+        if hasattr(self.model, "create_or_update_model_card"):
+            self.model.create_or_update_model_card(str(self.args.output_dir))
+        else:
+            self.notices.say("no model card: this model knows none of its own")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> NoReturn:
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(UPLOADS_NOTHING, field="init_hf_repo")
+
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(UPLOADS_NOTHING, field="push_to_hub")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> NoReturn:
+        raise ConfigError(UPLOADS_NOTHING, field="_push_from_checkpoint")
+
+    def end(self) -> None:
+        """Leave the process group; call it last, when nothing needs the other processes any more."""
+        self.accelerator.end_training()
