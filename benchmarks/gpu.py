@@ -35,6 +35,10 @@ CONTENDERS = (
 )
 
 
+PEER_WARMUP, PEER_STEPS = 4, 8
+"""The peers have nothing to warm up but the allocator."""
+
+
 class Clock:
     """A callback that times the steps after the warm-up, on a synchronised device."""
 
@@ -74,13 +78,14 @@ def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -
     from transformers import TrainerCallback
 
     model = build_model(work, args.r, liger=name == "liger")
+    warmup, steps = (args.warmup, args.steps) if name.startswith("etude") else (PEER_WARMUP, PEER_STEPS)
     settings: dict[str, Any] = {
         "output_dir": "/tmp/etude-benchmark",
         "per_device_train_batch_size": work.samples,
-        "max_steps": args.warmup + args.steps,
+        "max_steps": warmup + steps,
         "learning_rate": 1e-4,
         "bf16": True,
-        "logging_steps": args.warmup + args.steps,
+        "logging_steps": warmup + steps,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -88,7 +93,7 @@ def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -
         "gradient_checkpointing": name.endswith("-gc"),
     }
     clock_type = type("ClockCallback", (Clock, TrainerCallback), {})
-    clock = clock_type(args.warmup)
+    clock = clock_type(warmup)
     if name.startswith("etude"):
         from etude import Trainer, TrainingArguments
 
@@ -104,12 +109,12 @@ def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -
         model=model, args=TrainingArguments(**settings), train_dataset=rows, data_collator=collate, callbacks=[clock]
     )
     output = trainer.train()
-    tokens = sum(len(row["input_ids"]) for row in rows[work.samples * args.warmup :])
+    tokens = sum(len(row["input_ids"]) for row in rows[work.samples * warmup : work.samples * (warmup + steps)])
     seconds = clock.stopped - clock.started
     result = {
         "contender": name,
         "tokens_per_second": tokens / seconds,
-        "milliseconds_per_step": 1000 * seconds / args.steps,
+        "milliseconds_per_step": 1000 * seconds / steps,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "seconds_to_first_step": clock.first_step,
         "loss": output.training_loss,
@@ -164,7 +169,7 @@ def main() -> None:
     lines = []
     for name in args.work:
         work = WORKS[name]
-        rows = rows_of(work, args.warmup + args.steps, work.config().vocab_size)
+        rows = rows_of(work, max(args.warmup + args.steps, PEER_WARMUP + PEER_STEPS), work.config().vocab_size)
         runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in args.contender}
         for _ in range(args.rounds):
             for contender in args.contender:

@@ -35,7 +35,10 @@ def memory_needed(trainer: Trainer, longest: int | None) -> Need:
     state = trained * (4 + optimizer_state_bytes(str(trainer.args.optim)))  # the gradients are float32
     parts = [f"weights {of_bytes(weights)}", f"training state {of_bytes(state)}"]
     activations = 0.0
-    tokens = trainer.cut.get("tokens_per_micro_batch") or (longest or 0) * trainer.args.train_batch_size
+    tokens = (longest or 0) * trainer.args.train_batch_size
+    budget = trainer.cut.get("tokens_per_micro_batch")  # a packed micro-batch may hold samples of the whole step
+    if budget:
+        tokens = min(budget, tokens * trainer.args.gradient_accumulation_steps or budget)
     per_token = activation_bytes_per_token(trainer)
     if tokens and per_token:
         activations = tokens * per_token

@@ -12,9 +12,10 @@ import torch
 
 from etude.callbacks import TrainerState
 from etude.checkpoint import Checkpoint, CheckpointStore
-from etude.checkpoint.codec import load_tree, save_tree
+from etude.checkpoint.codec import malformed_means_checkpoint_error, save_tree
+from etude.checkpoint.durable import sync_folder
 from etude.checkpoint.policy import steps_to_retire
-from etude.checkpoint.resume import PROGRESS, changes_since, refuse_fatal
+from etude.checkpoint.resume import PROGRESS, changes_since, read_progress, refuse_fatal
 from etude.data.fingerprint import data_fingerprint
 from etude.errors import CheckpointError, NonFiniteError
 from etude.model.adapter import adapter_settings, base_fingerprint
@@ -170,7 +171,7 @@ def restore_run(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> None:
         CheckpointError: the run differs from the recorded one in a way that makes resuming wrong.
     """
     folder = checkpoint.path
-    progress = load_tree(folder, PROGRESS)
+    progress = read_progress(checkpoint)
     changes = changes_since(progress["run"], trainer.run_record)
     if trainer.args.ignore_data_skip:
         changes = [change for change in changes if change.name != "training data"]
@@ -181,16 +182,23 @@ def restore_run(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> None:
     trainer.call_hook(trainer._load_from_checkpoint, resume_from_checkpoint=str(folder), model=trainer.model)
     state = TrainerState.load_from_json(folder / "trainer_state.json")
     state.stateful_callbacks = {**trainer.state.stateful_callbacks, **state.stateful_callbacks}
-    if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
-        trainer.notices.say(f"the best checkpoint {state.best_model_checkpoint} is not there any more")
-        state.best_model_checkpoint = None
+    if state.best_model_checkpoint is not None:
+        # Beside the one resumed from, wherever that is now: a run may have been moved, and a file may name any place.
+        best = folder.parent / Path(state.best_model_checkpoint).name
+        state.best_model_checkpoint = str(best) if best.is_dir() else None
+        if state.best_model_checkpoint is None:
+            trainer.notices.say(f"the best checkpoint {best} is not there any more")
     trainer.state = state
     state.init_training_references(trainer, run.plan.max_steps, run.plan.num_epochs, None)
     state.compute_steps(trainer.args, run.plan.max_steps)
     trainer._load_callback_state()
     _restore_position(trainer, run, progress["position"])
-    trainer._load_optimizer_and_scheduler(str(folder))
-    trainer._load_scaler(str(folder))
+    with malformed_means_checkpoint_error(
+        folder / "scheduler.json"
+    ):  # the optimizer's files are named where they are read
+        trainer._load_optimizer_and_scheduler(str(folder))
+    with malformed_means_checkpoint_error(folder / "scaler.json"):
+        trainer._load_scaler(str(folder))
     trainer._load_rng_state(str(folder))
     trainer._tr_loss.fill_(progress["loss_since_log"])
     trainer._total_loss_scalar = progress["loss_total"]
@@ -209,7 +217,9 @@ def _restore_position(trainer: Trainer, run: Run, position: dict[str, Any]) -> N
     epoch, batches = position["epoch"], position["batches_done"]
     was, now = position["samples_per_batch"], trainer.args.train_batch_size
     stream_state = position["stream_state"]
-    if was != now:
+    if batches is None:  # imported: only the share of the epoch is recorded
+        batches = round(position["share_of_epoch"] * run.plan.batches_per_epoch)
+    elif was != now:
         batches, stream_state = batches * was // now, stream_state
     if trainer.args.ignore_data_skip:
         batches, stream_state = 0, None
@@ -232,6 +242,8 @@ def set_aside(trainer: Trainer, store: CheckpointStore, resumed: Checkpoint | No
     folder.mkdir()
     for checkpoint in in_the_way:
         checkpoint.path.rename(folder / checkpoint.path.name)
+    sync_folder(folder)
+    sync_folder(store.root)
     begins = "begins afresh" if resumed is None else f"goes on from {resumed.path.name}"
     names = ", ".join(checkpoint.path.name for checkpoint in in_the_way)
     trainer.notices.say(

@@ -50,7 +50,7 @@ def write_report(
         figures=_figures(trainer),
         log_history=trainer.state.log_history,
         happened=_happened(trainer, folder),
-        concerns=concerns_of(summary),
+        concerns=concerns_of(summary, of_a_script=True),
         run=[(label, lines) for label, lines in rows(summary) if label not in ONLY_BEFORE],
         settings=trainer.args.to_dict() if settings is None else settings,
         environment=_environment(trainer),

@@ -148,11 +148,9 @@ class Run:
             self.batches.open_epoch(epoch, self.first_batch, self.stream_state)
 
     def _load_next_step(self) -> bool:
-        if self.batches.loaded():
-            return True
         try:
             with self.interrupts.stopping_at_once():
-                return self.batches.advance()
+                return bool(self.batches.loaded()) or self.batches.advance()
         except StopNow:
             return self.events.stop_here()
 

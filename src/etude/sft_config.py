@@ -125,7 +125,7 @@ def _check(config: SFTConfig) -> None:
         raise ConfigError(
             f"only 'nll' is there, got {config.loss_type!r}; give another as compute_loss_func", field="loss_type"
         )
-    if config.pad_to_multiple_of == "auto":  # as TRL writes None
+    if str(config.pad_to_multiple_of) == "auto":  # as TRL writes None
         config.pad_to_multiple_of = None
     if config.activation_offloading:
         warnings.warn("activation_offloading has no effect; gradient_checkpointing saves the memory", stacklevel=4)

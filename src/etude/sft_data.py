@@ -16,7 +16,7 @@ import torch
 
 from etude.data import CausalLMCollator, encode_rows, read_rows
 from etude.data.chat import PLAIN, TrainOn
-from etude.data.formats import FORMATS, detect_format
+from etude.data.formats import detect_format
 from etude.data.tokens import IGNORED
 from etude.errors import ConfigError, DataError
 
@@ -58,9 +58,8 @@ def shape_of(row: Row, config: SFTConfig, formatting_func: FormattingFunc | None
             )
         shape = Shape("text", lambda row: {"text": _formatted(row, formatting_func)}, None, "all")
     elif "prompt" in row and "completion" in row and not isinstance(row["prompt"], str):
-        learns = "all" if only_completion is False else "last"
-        learns = "completion" if config.assistant_only_loss and learns == "all" else learns
-        shape = Shape("messages", _joined, None, learns)  # type: ignore[arg-type]
+        whole: TrainOn = "completion" if config.assistant_only_loss else "all"
+        shape = Shape("messages", _joined, None, whole if only_completion is False else "last")
     elif "prompt" in row and "completion" in row:
         # Texts are continued as they are: a chat template is for turns.
         shape = Shape("prompt_completion", _copied, PLAIN, "all" if only_completion is False else "completion")
@@ -69,11 +68,10 @@ def shape_of(row: Row, config: SFTConfig, formatting_func: FormattingFunc | None
     elif config.dataset_text_field in row:
         name = config.dataset_text_field
         shape = Shape("text", lambda row: {"text": row.get(name)}, None, "all")
-    elif (found := detect_format(row)) in ("sharegpt", "alpaca"):
-        learns = "all" if only_completion is False or not config.assistant_only_loss else "completion"
-        shape = Shape(
-            found, _copied, None, "completion" if found == "alpaca" and only_completion is not False else learns
-        )  # type: ignore[arg-type]
+    elif detect_format(row) == "sharegpt":
+        shape = Shape("sharegpt", _copied, None, "completion" if config.assistant_only_loss else "all")
+    elif detect_format(row) == "alpaca":
+        shape = Shape("alpaca", _copied, None, "all" if only_completion is False else "completion")
     else:
         raise DataError(
             f"expected a row with '{config.dataset_text_field}' (dataset_text_field), prompt and completion, messages, "
@@ -108,7 +106,7 @@ def _conversation(row: Row) -> Row:
 def _joined(row: Row) -> Row:
     """Prompt and completion of turns as one conversation, whose last turn is what is learned."""
     prompt, completion = (list(row[key]) for key in ("prompt", "completion"))
-    if sum(turn.get("role") == "assistant" for turn in completion) != 1 or completion[-1].get("role") != "assistant":
+    if len(completion) != 1 or completion[0].get("role") != "assistant":
         raise DataError(
             "expected one turn of the assistant; longer completions go into 'messages' with assistant_only_loss=True",
             field="completion",
@@ -145,12 +143,12 @@ def prepare(
     if not len(rows):
         raise DataError("expected at least one row, got none")
     cut = None if packing and config.packing_strategy != "bfd" else config.max_length
+    samples: Sequence[Sample]
     if "input_ids" in rows[0]:
         samples, left_out = _labelled(rows, config, cut)
     else:
         shape = shape_of(dict(rows[0]), config, formatting_func)
-        # Left out where nothing is learned; the rows behind bad ones keep their number.
-        read = read_rows([shape.convert(dict(row)) for row in rows], format=_known(shape.format))
+        read = read_rows([shape.convert(dict(row)) for row in rows], format=shape.format)
         encoded = encode_rows(
             read,
             tokenizer,
@@ -168,14 +166,10 @@ def prepare(
     return Prepared(samples, left_out)
 
 
-def _known(format: str) -> str:
-    assert format in FORMATS
-    return format
-
-
 def _labelled(rows: Sequence[Row], config: SFTConfig, cut: int | None) -> tuple[list[Sample], list[DataError]]:
     """Samples of rows that are tokenized: labels as given, else the tokens that every mask lets through."""
-    samples, left_out = [], []
+    samples: list[Sample] = []
+    left_out: list[DataError] = []
     for number, row in enumerate(rows, start=1):
         tokens = list(row["input_ids"])
         if row.get("labels") is not None:

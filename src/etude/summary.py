@@ -75,9 +75,9 @@ def describe(
     )
 
 
-def concerns(trainer: Trainer, summary: RunSummary, first_batch: Any) -> list[Concern]:
+def concerns(trainer: Trainer, summary: RunSummary, first_batch: Any, *, of_a_script: bool = False) -> list[Concern]:
     """What is likely to go wrong, by the numbers and by the first batch (None where it is not known)."""
-    return [*hazards_of(first_batch, trainer.processing_class), *concerns_of(summary)]
+    return [*hazards_of(first_batch, trainer.processing_class), *concerns_of(summary, of_a_script=of_a_script)]
 
 
 def introduction(trainer: Trainer, run: Run) -> list[str]:
@@ -94,7 +94,7 @@ def introduction(trainer: Trainer, run: Run) -> list[str]:
         f"{args.device}, checkpoints in {args.output_dir}",
         *([summary.precision_note] if summary.precision_note else []),
     ]
-    found = concerns(trainer, summary, first_batch_of(run))
+    found = concerns(trainer, summary, first_batch_of(run), of_a_script=True)
     return lines + [f"warning: {problem}; {fix}" for problem, fix in found[:CONCERNS_SAID]]
 
 

@@ -242,6 +242,7 @@ class Trainer(
             run = self._build_run(resume_from_checkpoint, trial, ignore_keys_for_eval, until_the_end)
             self._introduce(run)
             until_the_end.callback(self._undo_swaps)
+            until_the_end.callback(run.batches.stream.close)
             output = loop.train(run)
             if run.interrupts.requested is not None:
                 name = run.interrupts.requested.name

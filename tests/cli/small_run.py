@@ -1,4 +1,4 @@
-"""A tokenizer with a chat template, and a run of a few steps that has learned to answer a question with one word."""
+"""A tokenizer with a chat template, and a run as `etude train` leaves it, made without training."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import WordPiece
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from etude.cli import main as command
+from etude.checkpoint.codec import save_tree
+from etude.checkpoint.resume import PROGRESS
+from etude.cli.recipe import Lora, Recipe, save
+from etude.model.adapter import base_fingerprint
+from etude.model.load import attach_lora
 from tiny import V, tiny_llama
 
 TEMPLATE = (
@@ -39,18 +44,18 @@ def chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     return made
 
 
-def save_base(folder: Path, seed: int = 0, template: str | None = TEMPLATE, **changes: Any) -> Path:
-    tiny_llama(seed, **changes).save_pretrained(folder)
+def save_base(folder: Path, seed: int = 0, template: str | None = TEMPLATE, dtype: torch.dtype = torch.float32) -> Path:
+    tiny_llama(seed).to(dtype).save_pretrained(folder)
     chat_tokenizer(template).save_pretrained(folder)
     return folder
 
 
 def question_rows(num_rows: int) -> list[dict[str, Any]]:
-    """`w3` is answered with `w13 w13`."""
+    """Conversations of one question and one answer, four different ones."""
     rows = []
     for number in range(num_rows):
         word = number % 4
-        turns = [("user", f"w{word} w9"), ("assistant", f"w{word + 10} w{word + 10}")]
+        turns = [("user", f"w{word} w9"), ("assistant", f"w{word + 10} w{word + 11}")]
         rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
     return rows
 
@@ -60,10 +65,21 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     return file
 
 
-def train_run(folder: Path, *words: str) -> Path:
-    """A run in `folder/run` with `folder/base` and `folder/rows.jsonl`."""
-    base, rows = save_base(folder / "base"), write_rows(folder / "rows.jsonl", question_rows(32))
-    settings = ["--eval-fraction", "0", "--learning-rate", "2e-2", "--max-steps", "40", "--lora-r", "8", "--use-cpu"]
-    told = ["--model", str(base), "--data", str(rows), "--output", str(folder / "run"), "--save-steps", "20"]
-    assert command.main(["train", *told, *settings, *words]) == 0
-    return folder / "run"
+def made_run(
+    folder: Path, *, template: str | None = TEMPLATE, rows: list[dict[str, Any]] | None = None, **adapter: Any
+) -> Path:
+    """`folder/run` with an adapter of random matrices, its recipe, and a checkpoint that knows its base model."""
+    base, run = save_base(folder / "base", template=template), folder / "run"
+    data = write_rows(folder / "rows.jsonl", rows or question_rows(8))
+    model = attach_lora(tiny_llama(), 4, 8, 0.0, **adapter)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(run)
+    chat_tokenizer(template).save_pretrained(run)
+    save(Recipe(model=str(base), data=str(data), output=str(run), lora=Lora(r=4, alpha=8)), run)
+    (run / "checkpoint-1").mkdir()
+    save_tree(run / "checkpoint-1", PROGRESS, {"run": {"base": base_fingerprint(model)}})
+    return run

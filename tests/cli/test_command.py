@@ -146,7 +146,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert said["lora.r"] == "4  (run.yaml:4)"
     assert said["lora.alpha"] == "32  (default)"
     assert said["warmup_ratio"] == "0.03  (default)"
-    assert said["batch"] == "16 rows x 1 steps x 1 processes = 16 per update"
+    assert said["batch"] == "16 rows per update = 16 per device x 1 accumulated x 1 process"
     assert "supervised" in said["train"]
     assert "parameters are trained" in said["adapter"]
     assert not Path("run").exists()

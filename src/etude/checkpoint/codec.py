@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from safetensors.torch import save_file
 from etude.checkpoint.reading import read_json_strict, read_safetensors_checked
 from etude.errors import CheckpointError
 
-MAX_JSON_BYTES = 256 * 2**20
+MAX_JSON_BYTES = 64 * 2**20
+
+SHAPED_LIKE_PARAMETER = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg"})
+"""Entries of optimizer states (Adam, SGD, Adagrad, RMSprop) that have the shape of their parameter."""
 
 
 def save_tree(folder: Path, name: str, tree: Any) -> None:
@@ -41,10 +46,26 @@ def load_tree(folder: Path, name: str) -> Any:
     Raises:
         CheckpointError: where a file is missing, malformed or larger than it may be.
     """
-    encoded = read_json_strict(folder / f"{name}.json", MAX_JSON_BYTES)
+    path = folder / f"{name}.json"
+    encoded = read_json_strict(path, MAX_JSON_BYTES)
     file = folder / f"{name}.safetensors"
     tensors = read_safetensors_checked(file) if file.exists() else {}
-    return _decode(encoded, tensors, folder / f"{name}.json")
+    with malformed_means_checkpoint_error(path):
+        return _decode(encoded, tensors, path)
+
+
+@contextmanager
+def malformed_means_checkpoint_error(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with contents of a wrong shape or type into a CheckpointError that names their file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"field {error} is missing", path=path) from error
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(f"does not hold what it should: {reason[0] if reason else error!r}", path=path) from error
 
 
 def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -114,9 +135,51 @@ def load_optimizer_tree(
     """Restore `optimizer_tree`'s result.
 
     Raises:
-        CheckpointError: naming the parameters that are new or missing.
+        CheckpointError: naming the parameters that are new or missing, or the entry that is not what it should be.
     """
+    path = folder / "optimizer.json"
+    with malformed_means_checkpoint_error(path):
+        _check_optimizer_tree(optimizer, tree, names, path)
+        _load_optimizer_tree(optimizer, tree, names, folder)
+
+
+def _check_optimizer_tree(
+    optimizer: torch.optim.Optimizer, tree: dict[str, Any], names: dict[torch.Tensor, str], path: Path
+) -> None:
+    """What the optimizer itself would take over as it is, and fail on in the middle of an update."""
+    groups = optimizer.param_groups
+    if len(tree["param_groups"]) != len(groups):
+        raise CheckpointError(
+            f"has {len(tree['param_groups'])} groups of parameters, the optimizer has {len(groups)}", path=path
+        )
+    for number, (saved, group) in enumerate(zip(tree["param_groups"], groups, strict=True)):
+        for key, value in saved.items():
+            if _is_number(group.get(key)) and not _is_number(value):
+                raise CheckpointError(f"field 'param_groups.{number}.{key}': {value!r} is not a number", path=path)
+    shapes = {name: parameter.shape for parameter, name in names.items()}
+    for name, entries in tree["state"].items():
+        for key, value in entries.items():
+            where = f"field 'state.{name}.{key}'"
+            if not torch.is_tensor(value):
+                continue
+            if key in SHAPED_LIKE_PARAMETER and name in shapes and value.shape != shapes[name]:
+                raise CheckpointError(
+                    f"{where} has shape {tuple(value.shape)}, the parameter has {tuple(shapes[name])}", path=path
+                )
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise CheckpointError(f"{where} holds NaN or infinity", path=path)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _load_optimizer_tree(
+    optimizer: torch.optim.Optimizer, tree: dict[str, Any], names: dict[torch.Tensor, str], folder: Path
+) -> None:
     number_of = {name: number for number, name in _numbered_names(optimizer, names)}
+    if _is_numbered(tree):
+        tree = _named(tree, optimizer, names, folder)
     saved = [name for group in tree["param_groups"] for name in group["params"]]
     missing, new = sorted(set(number_of) - set(saved)), sorted(set(saved) - set(number_of))
     if missing or new:
@@ -134,6 +197,45 @@ def load_optimizer_tree(
     ]
     state = {number_of.get(name, name): value for name, value in tree["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups, **tree["extra"]})
+
+
+def _is_numbered(tree: dict[str, Any]) -> bool:
+    """Whether parameters are called by number, as in a checkpoint imported from transformers."""
+    return any(isinstance(parameter, int) for group in tree["param_groups"] for parameter in group["params"])
+
+
+def _named(
+    tree: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], folder: Path
+) -> dict[str, Any]:
+    """The tree with parameters called by name, where groups, numbers and shapes fit the optimizer.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    name_of = dict(_numbered_names(optimizer, names))
+    sizes = [len(group["params"]) for group in tree["param_groups"]]
+    now = [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != now:
+        raise CheckpointError(
+            f"the optimizer state is for groups of {sizes} parameters, the model has groups of {now}. Use the adapter "
+            "settings and the weight decay of the checkpoint",
+            path=folder,
+        )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, state in tree["state"].items():
+        for key, value in state.items():
+            if torch.is_tensor(value) and value.dim() and value.shape != parameters[number].shape:
+                raise CheckpointError(
+                    f"{key} of parameter {number} has shape {tuple(value.shape)}, but {name_of[number]} has "
+                    f"{tuple(parameters[number].shape)}: the parameters are not in the order they were trained in",
+                    path=folder,
+                )
+    groups = [{**group, "params": [name_of[number] for number in group["params"]]} for group in tree["param_groups"]]
+    return {
+        **tree,
+        "param_groups": groups,
+        "state": {name_of[number]: value for number, value in tree["state"].items()},
+    }
 
 
 def _numbered_names(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> list[tuple[int, str]]:
@@ -160,8 +262,17 @@ def random_tree() -> dict[str, Any]:
     return tree
 
 
-def load_random_tree(tree: dict[str, Any]) -> None:
-    """Restore `random_tree`'s result; generators of devices that are not here are left alone."""
+def load_random_tree(tree: dict[str, Any], folder: Path | None = None) -> None:
+    """Restore `random_tree`'s result; generators of devices that are not here are left alone.
+
+    Raises:
+        CheckpointError: it is not the state of such generators; `folder` is where it was read from.
+    """
+    with malformed_means_checkpoint_error((folder or Path()) / "rng.json"):
+        _load_random_tree(tree)
+
+
+def _load_random_tree(tree: dict[str, Any]) -> None:
     random.setstate(tree["python"])
     name, keys, *rest = tree["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from etude.checkpoint import Checkpoint, CheckpointStore
+from etude.checkpoint.codec import MAX_JSON_BYTES, load_tree, malformed_means_checkpoint_error
+from etude.checkpoint.reading import (
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    _check_safetensors_header,
+    opened_file,
+    opened_folder,
+    read_bounded,
+)
 from etude.errors import CheckpointError
 
 PROGRESS = "etude"
@@ -69,7 +80,11 @@ def _named(store: CheckpointStore, path: Path) -> Checkpoint:
         if inside:
             raise CheckpointError(f"is not a checkpoint but holds some; did you mean {inside[-1].path}?", path=path)
         if (path / "trainer_state.json").exists():
-            raise CheckpointError("was not written by etude, or not completely: it has no MANIFEST.json", path=path)
+            raise CheckpointError(
+                "was not written by etude, or not completely: it has no MANIFEST.json. Where transformers.Trainer wrote it, "
+                f"take it over first: etude import-checkpoint {path}",
+                path=path,
+            )
         raise CheckpointError("is no checkpoint: it has neither MANIFEST.json nor trainer_state.json", path=path)
     try:
         return CheckpointStore(path.parent).verify(path)
@@ -104,7 +119,11 @@ def _short(value: Any) -> str:
 
 
 def changes_since(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:
-    """What differs between the record of a checkpoint and the run that wants to go on from it."""
+    """What differs between the record of a checkpoint and the run that wants to go on from it.
+
+    An imported checkpoint does not record everything; what it leaves out is taken to be as it is now.
+    """
+    recorded = {**current, **recorded}
     changes = list(_adapter_changes(recorded.get("adapters", {}), current.get("adapters", {})))
     if recorded.get("base") != current.get("base"):
         way_out = "the adapter was trained on another base model; load that one, or use another output_dir"
@@ -155,3 +174,96 @@ def refuse_fatal(changes: list[Change], checkpoint: Checkpoint) -> None:
     if fatal:
         lines = "".join(f"\n  - {change}" for change in fatal)
         raise CheckpointError(f"cannot be resumed by this run:{lines}", path=checkpoint.path, step=checkpoint.step)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _or_none(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_right(value)
+
+
+PROGRESS_FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "position.epoch": _is_count,
+    "position.batches_done": _is_count,
+    "position.samples_per_batch": lambda value: _is_count(value) and value > 0,
+    "position.epoch_ended": _is_flag,
+    "position.stream_state": _or_none(_is_mapping),
+    "pending": lambda value: _is_mapping(value) and all(map(_is_flag, value.values())),
+    "learning_rate": _or_none(_is_number),
+    "loss_since_log": lambda value: isinstance(value, (int, float)),
+    "loss_total": lambda value: isinstance(value, (int, float)),
+    "step_last_logged": _is_count,
+    "cut": _is_mapping,
+    "run": _is_mapping,
+}
+STATE_FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "global_step": _is_count,
+    "epoch": _or_none(_is_number),
+    "total_flos": _is_number,
+    "log_history": lambda value: isinstance(value, list) and all(map(_is_mapping, value)),
+    "best_metric": _or_none(lambda value: isinstance(value, (int, float))),
+    "best_global_step": _or_none(_is_count),
+    "best_model_checkpoint": _or_none(lambda value: isinstance(value, str)),
+    "stateful_callbacks": _is_mapping,
+}
+
+
+def read_progress(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `etude.json` holds, after a look at everything that will be read of the checkpoint: whoever wrote the manifest
+    may have written anything else as well.
+
+    Raises:
+        CheckpointError: naming file and field of what is missing, of another type, or too large to be read.
+    """
+    folder = checkpoint.path
+    for file in sorted(folder.rglob("*.safetensors")):
+        if not file.is_symlink():  # one of the user's, since a listed file is none
+            _check_header(file)
+    path = folder / "trainer_state.json"
+    state = _read_state(path)
+    _require(STATE_FIELDS, state, path)
+    if state["global_step"] != checkpoint.step:
+        raise CheckpointError(
+            f"field 'global_step': {state['global_step']}, in a checkpoint of step {checkpoint.step}", path=path
+        )
+    progress: dict[str, Any] = load_tree(folder, PROGRESS)
+    _require(PROGRESS_FIELDS, progress, folder / f"{PROGRESS}.json")
+    return progress
+
+
+def _check_header(file: Path) -> None:
+    with opened_folder(file.parent) as folder, opened_file(file.name, folder=folder, shown=file) as descriptor:
+        _check_safetensors_header(descriptor, MAX_HEADER_BYTES, MAX_TENSORS, shown=file)
+
+
+def _read_state(path: Path) -> Any:
+    """`trainer_state.json`; transformers, whose checkpoints can be imported, writes NaN into it."""
+    with opened_folder(path.parent) as folder, opened_file(path.name, folder=folder, shown=path) as descriptor:
+        raw = read_bounded(descriptor, MAX_JSON_BYTES, shown=path)
+    with malformed_means_checkpoint_error(path):  # also a nesting that is too deep
+        return json.loads(raw)
+
+
+def _require(fields: Mapping[str, Callable[[Any], bool]], content: Any, path: Path) -> None:
+    for name, is_right in fields.items():
+        value = content
+        for part in name.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise CheckpointError(f"field '{name}' is missing", path=path)
+            value = value[part]
+        if not is_right(value):
+            raise CheckpointError(f"field '{name}': {str(value)[:80]!r} makes no sense there", path=path)

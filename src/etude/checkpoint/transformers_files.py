@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,21 @@ import torch
 
 
 def write_optimizer_and_scheduler(folder: Path, optimizer: Any, lr_scheduler: Any) -> None:
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    torch.save(lr_scheduler.state_dict(), folder / "scheduler.pt")
+    _write(optimizer.state_dict(), folder / "optimizer.pt")
+    _write(lr_scheduler.state_dict(), folder / "scheduler.pt")
+
+
+def _write(content: Any, file: Path) -> None:
+    """Through memory: on a full disk `torch.save` to a path raises an error that does not say so."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    file.write_bytes(buffer.getbuffer())
 
 
 def write_scaler(folder: Path, scaler_state: dict[str, Any]) -> None:
     state = {key: value for key, value in scaler_state.items() if key != "skipped_steps"}
     if state:
-        torch.save(state, folder / "scaler.pt")
+        _write(state, folder / "scaler.pt")
 
 
 def write_random_state(folder: Path) -> None:
@@ -29,9 +37,9 @@ def write_random_state(folder: Path) -> None:
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.random.get_rng_state()
-    torch.save(states, folder / "rng_state.pth")
+    _write(states, folder / "rng_state.pth")
 
 
 def write_arguments(folder: Path, args: Any) -> None:
     """`training_args.bin`, which tools look for; it holds the plain settings, not an object of ours."""
-    torch.save(args.to_dict(), folder / "training_args.bin")
+    _write(args.to_dict(), folder / "training_args.bin")

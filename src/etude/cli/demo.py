@@ -11,6 +11,7 @@ from etude.errors import ConfigError
 
 if TYPE_CHECKING:
     from etude.demo.run import DemoResult, Row, Sample
+    from etude.trainer import Trainer
 
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 5
@@ -19,7 +20,7 @@ NUM_SAMPLES_SHOWN = 4
 
 def demo(
     output: Annotated[Path, typer.Option(metavar="O", help="Folder of the adapter.")] = Path("etude-demo"),
-    steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps of 8 requests each.")] = 40,
+    steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps of 8 requests each.")] = 60,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the requests and of the adapter's start.")] = 0,
     cache_dir: Annotated[
         Path | None, typer.Option(metavar="D", help="Where the base model is kept.", show_default="~/.cache/etude")
@@ -38,15 +39,33 @@ def demo(
         raise ConfigError(f"{output} cannot be made a folder: {error.strerror}", field="--output") from error
     from etude.demo.run import run_demo
 
+    trainers = []
+
     def train(model: Any, tokenizer: Any, rows: list[Row], adapter: Path) -> None:
-        train_adapter(model, tokenizer, rows, adapter, steps=steps, seed=seed)
+        trainers.append(train_adapter(model, tokenizer, rows, adapter, steps=steps, seed=seed))
 
     result = run_demo(output, steps=steps, seed=seed, say=typer.echo, train=train, cache_dir=cache_dir)
     show_samples(result)
+    for trainer in trainers:
+        typer.echo(f"report: {write_report(trainer, result)}")
     typer.echo(summary(result))
 
 
-def train_adapter(model: Any, tokenizer: Any, rows: list[Row], output: Path, *, steps: int, seed: int) -> None:
+def write_report(trainer: Trainer, result: DemoResult) -> Path:
+    """The report of the run, with replies before and after, and the model card; returns the report's path."""
+    from etude import reporting
+    from etude.demo.run import samples_to_show
+    from etude.observe.report import ShownSample
+
+    samples = [
+        ShownSample(sample.request, sample.before.strip(), sample.after.strip(), sample.answer)
+        for sample in samples_to_show(result.samples, 2 * NUM_SAMPLES_SHOWN)
+    ]
+    reporting.write_model_card(trainer)
+    return reporting.write_report(trainer, samples)
+
+
+def train_adapter(model: Any, tokenizer: Any, rows: list[Row], output: Path, *, steps: int, seed: int) -> Trainer:
     """Train with the trainer that everybody uses, and save the adapter in the output folder.
 
     An interrupted demo goes on from the checkpoint it wrote.
@@ -80,6 +99,7 @@ def train_adapter(model: Any, tokenizer: Any, rows: list[Row], output: Path, *, 
     )
     trainer.train(resume_from_checkpoint="auto")
     trainer.save_model(str(output))
+    return trainer
 
 
 def show_samples(result: DemoResult) -> None:

@@ -187,7 +187,7 @@ class Scorers:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         rouge: Any = require("rouge_score.rouge_scorer", purpose="ROUGE", install=EXTRA) if "rouge" in names else None
-        self._rouge = rouge.RougeScorer(["rougeL"], use_stemmer=False) if rouge is not None else None
+        self._rouge: Any = rouge.RougeScorer(["rougeL"], use_stemmer=False) if rouge is not None else None
         self._bleu: Any = require("sacrebleu", purpose="BLEU", install=EXTRA) if "bleu" in names else None
 
     def scores(self, answers: Sequence[Answer]) -> dict[str, float]:

@@ -15,9 +15,11 @@ import typer
 from etude import __version__
 from etude.cli.chat import chat
 from etude.cli.demo import demo
+from etude.cli.doctor import doctor
 from etude.cli.evaluate import evaluate
 from etude.cli.explain import explain
 from etude.cli.generate import generate
+from etude.cli.import_checkpoint import import_checkpoint
 from etude.cli.inspect import data_app
 from etude.cli.merge import merge
 from etude.cli.shipped import init, recipes
@@ -41,6 +43,8 @@ app.command()(chat)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(merge)
+app.command()(doctor)
+app.command("import-checkpoint")(import_checkpoint)
 
 
 @app.callback()

@@ -175,6 +175,10 @@ class TrainingStream:
             self._randomness = RandomState()
             outside.restore()
 
+    def close(self) -> None:
+        """Let worker processes go, instead of when this object happens to be collected."""
+        self._iterator = None
+
     def state(self) -> dict[str, Any] | None:
         """What a streamed dataset needs to go on from here; None where the position alone is enough."""
         dataset = self._stateful_dataset()

@@ -3,7 +3,7 @@
     Lunch with Maria on Friday at half past 3 in the afternoon
     {"event":"lunch","who":"Maria","day":"Fri","time":"3:30pm"}
 
-Hours keep their number on purpose: a model of this size learns to write what is meant in forty steps, and to add
+Hours keep their number on purpose: a model of this size learns to write what is meant in forty to sixty steps, and to add
 twelve in several hundred. The answer is a function of the request, so a reply is right or wrong: it is scored by exact match. Every example is
 drawn by a seeded generator, there are no data files. The two splits share no (event, who) pair, so a right answer on
 the held-out split was composed, not remembered.

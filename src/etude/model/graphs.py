@@ -73,7 +73,7 @@ class _Captured:
 GPU_FLOPS = 6e14
 """What a GPU of this kind reaches; only the order of magnitude matters here."""
 
-LAUNCH_BOUND_SECONDS = 0.05
+LAUNCH_BOUND_SECONDS = 0.2
 """A forward and backward pass of less GPU time than this may have to wait for Python."""
 
 
@@ -109,7 +109,7 @@ class GraphedLoss:
     ) -> None:
         self.loss, self.autocast, self.device, self.most_tokens = loss, autocast, device, most_tokens
         self.inverse_items = torch.ones((), device=device)
-        self.stream = torch.cuda.Stream(device)
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._seen: set[Slots] = set()
         self._captured: dict[Slots, _Captured] = {}
         self._pool: Any = None

@@ -20,15 +20,16 @@ MANY_EPOCHS = 10
 NOTABLE_CUT, NOTABLE_DUPLICATES = 0.01, 0.1
 
 
-def concerns_of(summary: RunSummary) -> list[Concern]:
-    """Everything that is worth a warning."""
-    return [concern for check in CHECKS for concern in check(summary)]
+def concerns_of(summary: RunSummary, *, of_a_script: bool = False) -> list[Concern]:
+    """Everything that is worth a warning; the author of a script decided about evaluation and length on purpose."""
+    checks = [check for check in CHECKS if not (of_a_script and check in NOT_OF_A_SCRIPT)]
+    return [concern for check in checks for concern in check(summary)]
 
 
 def _memory(summary: RunSummary) -> Iterator[Concern]:
     if summary.memory is not None and not summary.memory.is_met:
         yield Concern(
-            f"the run needs {summary.memory.describe('free')}",
+            f"the run needs {summary.memory.describe('available')}",
             "quantization: 4bit, a shorter max_length, gradient_checkpointing, or a smaller model; batches are cut smaller "
             "by themselves",
         )
@@ -170,3 +171,5 @@ CHECKS: tuple[Callable[[RunSummary], Iterator[Concern]], ...] = (
     _no_evaluation,
     _no_checkpoints,
 )
+
+NOT_OF_A_SCRIPT = (_few_steps, _no_evaluation, _no_checkpoints)

@@ -7,8 +7,9 @@ that a data set or a checkpoint cannot move the cursor, clear the screen or hide
 from __future__ import annotations
 
 import math
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from etude.errors import require
@@ -46,19 +47,29 @@ def log_line(logs: Mapping[str, Any], step: int, max_steps: int, max_text_length
 
 
 def speed_words(throughput: ThroughputCallback | None) -> list[str]:
-    """`1,234 tok/s`, `padding -43%`, `3.2 GiB`, `2 min left`: as many as are known."""
+    """`1,234 tok/s`, `2 min left`, `3.2 GiB`, `padding -43%`: as many as are known, the most wanted first."""
     if throughput is None or not throughput.figures:
         return []
     figures, words = throughput.figures, []
     if "tokens_per_second" in figures:
         words.append(f"{figures['tokens_per_second']:,.0f} tok/s")
-    if figures.get("padding_avoided"):
-        words.append(f"padding -{of_share(figures['padding_avoided'])}")
-    if "memory_gib" in figures:
-        words.append(f"{figures['memory_gib']:.1f} GiB")
     if throughput.seconds_left:
         words.append(f"{of_seconds(throughput.seconds_left)} left")
+    if "memory_gib" in figures:
+        words.append(f"{figures['memory_gib']:.1f} GiB")
+    if figures.get("padding_avoided"):
+        words.append(f"padding -{of_share(figures['padding_avoided'])}")
     return words
+
+
+def extended(line: str, words: Sequence[str], columns: int | None) -> str:
+    """`line` with as many of `words` behind it as fit into `columns` (all of them where that is None)."""
+    for word in words:
+        longer = f"{line}  {word}"
+        if columns is not None and len(longer) > columns:
+            break
+        line = longer
+    return line
 
 
 def _shown(value: Any, max_text_length: int, digits: Callable[[float], str]) -> str:
@@ -86,7 +97,12 @@ class LineWriter:
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_local_process_zero and logs:
             line = log_line(logs, state.global_step, state.max_steps, self.max_str_len)
-            self.write("  ".join([line, *speed_words(self.throughput)]))
+            self.write(extended(line, speed_words(self.throughput), self._columns()))
+
+    def _columns(self) -> int | None:
+        """The width of the terminal that lines go to; None where they go into a file."""
+        is_terminal = (self.stream or sys.stdout).isatty()
+        return shutil.get_terminal_size().columns if is_terminal else None
 
     def write(self, line: str) -> None:
         """Show a line that is safe to show."""

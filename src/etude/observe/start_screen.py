@@ -39,8 +39,6 @@ class Coverage(NamedTuple):
     matrices: int
 
     def describe(self) -> str:
-        if not self.adapted_matrices:
-            return f"{self.name} frozen"
         if not self.layers:
             return f"{self.name} trained"
         share = (
@@ -157,7 +155,7 @@ def rows(summary: RunSummary) -> list[tuple[str, list[str]]]:
         ("schedule", [_schedule(summary)]),
         ("precision", [f"{summary.precision} on {summary.device}", *_given(summary.precision_note)]),
         ("path", _path(summary)),
-        ("memory", [summary.memory.describe("free")] if summary.memory else []),
+        ("memory", [summary.memory.describe("available")] if summary.memory else []),
         ("disk", [summary.disk.describe("free")] if summary.disk else []),
         ("time", [_time(summary)]),
         ("output", [summary.output_dir]),
@@ -167,7 +165,8 @@ def rows(summary: RunSummary) -> list[tuple[str, list[str]]]:
 
 def _model(summary: RunSummary) -> list[str]:
     parameters = of_parameters(summary.total_parameters)
-    return [summary.model_name, f"{summary.model_class}, {parameters} parameters in {summary.weights}"]
+    what = f"{summary.model_class}, {parameters} parameters in {summary.weights}"
+    return [what] if summary.model_name == summary.model_class else [summary.model_name, what]
 
 
 def _adapter(summary: RunSummary) -> list[str]:
@@ -180,7 +179,9 @@ def _adapter(summary: RunSummary) -> list[str]:
         f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters are trained ({share:.2%})"
     )
     if summary.coverage:
-        lines.append("; ".join(part.describe() for part in summary.coverage))
+        reached = [part.describe() for part in summary.coverage if part.adapted_matrices]
+        frozen = ", ".join(part.name for part in summary.coverage if not part.adapted_matrices)
+        lines.append("; ".join(reached + ([f"frozen: {frozen}"] if frozen else [])))
     return lines
 
 
@@ -227,7 +228,9 @@ def _batch(summary: RunSummary) -> str:
 def _steps(summary: RunSummary) -> str:
     text = counted(summary.steps, "update")
     if summary.epochs is not None:
-        text += f" = {summary.epochs:.3g} epoch{'' if summary.epochs == 1 else 's'} of {summary.steps_per_epoch:,}"
+        text += (
+            f" = {summary.epochs:.3g} epoch{'' if summary.epochs == 1 else 's'} of {summary.steps_per_epoch:,} updates"
+        )
     return text + (f"; goes on after {summary.first_step:,}" if summary.first_step else "")
 
 

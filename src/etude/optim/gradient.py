@@ -94,7 +94,7 @@ class Gradient:
         return self.clip(self.parameters, self.max_norm) if self._flat is None else self._clip_flat(self._flat)
 
     def _clip_flat(self, gradient: torch.Tensor) -> torch.Tensor:
-        norm = gradient.norm()
+        norm: torch.Tensor = gradient.norm()
         if self.max_norm > 0:
             gradient.mul_((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
