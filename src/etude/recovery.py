@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 from importlib import metadata
 from pathlib import Path
@@ -184,29 +185,33 @@ def restore_run(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> None:
     state.stateful_callbacks = {**trainer.state.stateful_callbacks, **state.stateful_callbacks}
     if state.best_model_checkpoint is not None:
         # Beside the one resumed from, wherever that is now: a run may have been moved, and a file may name any place.
-        best = folder.parent / Path(state.best_model_checkpoint).name
-        state.best_model_checkpoint = str(best) if best.is_dir() else None
-        if state.best_model_checkpoint is None:
-            trainer.notices.say(f"the best checkpoint {best} is not there any more")
+        name = Path(state.best_model_checkpoint).name
+        is_there = re.fullmatch(r"checkpoint-\d+", name) is not None and (folder.parent / name).is_dir()
+        state.best_model_checkpoint = str(folder.parent / name) if is_there else None
+        if not is_there:
+            trainer.notices.say(f"the best checkpoint {name!r} is not in {folder.parent} any more")
     trainer.state = state
     state.init_training_references(trainer, run.plan.max_steps, run.plan.num_epochs, None)
     state.compute_steps(trainer.args, run.plan.max_steps)
     trainer._load_callback_state()
-    _restore_position(trainer, run, progress["position"])
+    with malformed_means_checkpoint_error(folder / f"{PROGRESS}.json"):
+        _restore_position(trainer, run, progress["position"])
     with malformed_means_checkpoint_error(
         folder / "scheduler.json"
     ):  # the optimizer's files are named where they are read
         trainer._load_optimizer_and_scheduler(str(folder))
     with malformed_means_checkpoint_error(folder / "scaler.json"):
         trainer._load_scaler(str(folder))
-    trainer._load_rng_state(str(folder))
+    with malformed_means_checkpoint_error(folder / "rng.json"):
+        trainer._load_rng_state(str(folder))
     trainer._tr_loss.fill_(progress["loss_since_log"])
     trainer._total_loss_scalar = progress["loss_total"]
     trainer._globalstep_last_logged = progress["step_last_logged"]
     run.events.pending = progress["pending"]
     run.events.learning_rate = progress["learning_rate"]
     run.events.grad_norm = progress.get("grad_norm")
-    run.events.saved_at = (state.global_step, progress["position"]["epoch_ended"])
+    run.events.epoch_ended = progress["position"]["epoch_ended"]
+    run.events.saved_at = (state.global_step, run.events.epoch_ended)
     run.initial_global_step = state.global_step
     position = f"epoch {run.first_epoch}, micro-batch {run.first_batch}"
     trainer.notices.say(f"resumed {folder.name}: step {state.global_step} of {run.plan.max_steps}, {position}")

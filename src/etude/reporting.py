@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 USUAL = ("packed path:", "general path:", "trains ", "compiles ", "a token takes", "loaded the best", "warning: ")
 """Notices that report nothing out of the ordinary; warnings have a place of their own."""
+FOLDERS = ("output", "output_dir", "logging_dir", "data", "eval_data")
+"""Settings that mean something on this machine only; a card travels."""
 ONLY_BEFORE = ("memory", "disk", "time")
 """Rows of the start screen that are estimates."""
 
@@ -82,7 +84,7 @@ def write_model_card(trainer: Trainer, settings: Mapping[str, Any] | None = None
         method=summary.adapter.kind if summary.adapter else "full",
         facts=[(label, lines) for label, lines in rows(summary) if label in shown],
         results=_figures(trainer),
-        settings=chosen if settings is None else settings,
+        settings={name: value for name, value in (settings or chosen).items() if name not in FOLDERS},
         environment=_environment(trainer),
         usage=usage(trainer, folder="."),
     )

@@ -119,20 +119,19 @@ class Run:
         """The steps still to be made, with the events of their epochs around them."""
         state, control = self.trainer.state, self.events.control
         for epoch in range(self.first_epoch, self.plan.num_epochs):
-            if control().should_training_stop:
-                break
+            is_over = self.events.epoch_ended and state.global_step >= self.plan.max_steps
+            if is_over or (control().should_training_stop and self.first_batch == 0):
+                break  # a run that had stopped within an epoch and was resumed still has to end that epoch
             self._open(epoch)
             steps_done = self.first_batch // self.batches.accumulation
             self.first_batch, self.stream_state = 0, None
             self.events.epoch_begin()
             found_any = steps_done > 0
             while state.global_step < self.plan.max_steps and steps_done < self.plan.steps_per_epoch:
-                if not self._load_next_step():
+                if control().should_epoch_stop or control().should_training_stop or not self._load_next_step():
                     break
                 yield Step(state.global_step + 1, epoch)
                 found_any, steps_done = True, steps_done + 1
-                if control().should_epoch_stop or control().should_training_stop:
-                    break
             if not found_any and state.global_step < self.plan.max_steps:
                 self.trainer.notices.say(f"epoch {epoch} had no data, so training ends at step {state.global_step}")
                 control().should_training_stop = True

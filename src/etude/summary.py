@@ -55,7 +55,7 @@ def describe(
         processes=args.world_size,
         steps=plan.max_steps,
         steps_per_epoch=None if plan.streamed else plan.steps_per_epoch,
-        first_step=trainer.state.global_step,
+        first_step=trainer._run.initial_global_step if trainer._run is not None else 0,
         schedule=str(args.lr_scheduler_type),
         learning_rate=_learning_rate(trainer),
         warmup_steps=args.get_warmup_steps(plan.max_steps),
@@ -114,7 +114,7 @@ def describe_adapter(model: Any) -> AdapterSummary | None:
     kind = "DoRA" if getattr(config, "use_dora", False) else KINDS.get(kind, kind.lower().replace("_", " "))
     settings = [(label, getattr(config, name, None)) for label, name in SHOWN_SETTINGS]
     targets = getattr(config, "target_modules", None) or ()
-    named = sorted(targets) if isinstance(targets, (set, list, tuple)) else [str(targets)]
+    named = sorted({path.rsplit(".", 1)[-1] for path in targets}) if not isinstance(targets, str) else [targets]
     return AdapterSummary(
         kind=kind,
         settings=tuple((label, f"{value:g}") for label, value in settings if isinstance(value, (int, float)) and value),

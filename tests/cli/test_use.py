@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from small_run import chat_tokenizer, made_run, question_rows, save_base, write_rows
 from transformers import AutoModelForCausalLM
 
 from etude.cli import main as command
@@ -25,7 +26,6 @@ from etude.cli.merge import merged_model
 from etude.cli.voice import Voice, chosen_template
 from etude.data import CausalLMCollator, encode_rows, read_rows
 from etude.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, ModelError
-from small_run import chat_tokenizer, made_run, question_rows, save_base, write_rows
 
 Capture = pytest.CaptureFixture[str]
 
@@ -342,8 +342,7 @@ def test_sums_are_rounded_once(run: Path) -> None:
 
 
 def test_it_is_merged_in_the_type_the_base_is_stored_in(tmp_path: Path, capsys: Capture) -> None:
-    run = made_run(tmp_path / "half") if (tmp_path / "half").mkdir() is None else None
-    assert run is not None
+    run = made_run(tmp_path)
     shutil.rmtree(run.parent / "base")
     save_base(run.parent / "base", dtype=torch.bfloat16)
     assert command.main(["merge", str(run), "--output", "merged"]) == 0

@@ -43,7 +43,9 @@ def fails_once_at(train_in_child: Train, fast_dir: Path, whole: Ended, name: str
     assert len(calls) > 80
     wrong = []
     for at in range(offset, len(calls), every):
-        ended = train_in_child(fast_dir / "trial", fault={"step": 4, "mode": FAIL_ONCE, "at": at, "errno": ERRORS[name]})
+        ended = train_in_child(
+            fast_dir / "trial", fault={"step": 4, "mode": FAIL_ONCE, "at": at, "errno": ERRORS[name]}
+        )
         out = fast_dir / "trial" / "out"
         problems = unsound(out)
         if ended.result != whole.result:
@@ -63,16 +65,12 @@ def test_a_single_error_at_any_call_of_a_save(train_in_child: Train, fast_dir: P
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["ENOSPC", "EIO"])
-def test_a_single_error_at_every_call_of_a_save(
-    train_in_child: Train, fast_dir: Path, whole: Ended, name: str
-) -> None:
+def test_a_single_error_at_every_call_of_a_save(train_in_child: Train, fast_dir: Path, whole: Ended, name: str) -> None:
     fails_once_at(train_in_child, fast_dir, whole, name, every=1, offset=0)
 
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EIO"])
-def test_three_failures_in_a_row_stop_the_run(
-    train_in_child: Train, fast_dir: Path, whole: Ended, name: str
-) -> None:
+def test_three_failures_in_a_row_stop_the_run(train_in_child: Train, fast_dir: Path, whole: Ended, name: str) -> None:
     ended = train_in_child(fast_dir, fault=failing(name), save_steps=1)
     assert ended.exit_code == 1 and ended.result is None
     assert steps_in(fast_dir / "out") == [1, 2, 3] and not unsound(fast_dir / "out")

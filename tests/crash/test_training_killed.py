@@ -115,7 +115,9 @@ def test_two_hundred_kills_at_any_time(
     assert kills >= 4
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly), pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.nightly), pytest.param(2, marks=pytest.mark.nightly)]
+)
 def test_a_chain_of_five_kills(train_in_child: Train, fast_dir: Path, whole: Ended, seed: int) -> None:
     draw = random.Random(f"chain {seed}")
     times = [draw.uniform(0.3, 0.6) for _ in range(5)]  # long enough to get somewhere, too short to get to the end

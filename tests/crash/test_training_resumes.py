@@ -107,7 +107,9 @@ def drawn(draw: random.Random) -> tuple[Settings, Settings]:
         "lr_scheduler_type": draw.choice(["linear", "cosine", "constant_with_warmup", "reduce_lr_on_plateau"]),
         "warmup_steps": draw.choice([0, 2]),
         "fast_path": draw.random() < 0.7,
-        "dataloader_num_workers": 2 if draw.random() < 0.25 and data not in ("returning stream", "shuffled stream") else 0,
+        "dataloader_num_workers": 2
+        if draw.random() < 0.25 and data not in ("returning stream", "shuffled stream")
+        else 0,
         "dataloader_drop_last": draw.random() < 0.3,
         "max_steps": draw.randint(5, 9) if data in STREAMS else -1,
         "num_train_epochs": draw.choice([1, 1.5, 2]),

@@ -23,7 +23,10 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not sys.platform.startswith("linux") or compiler is None:
         pytest.skip("the fault injector needs Linux and a C compiler")
     library = tmp_path_factory.mktemp("faultio") / "faultio.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, Path(training.__file__).with_name("faultio.c"), "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-o", library, Path(training.__file__).with_name("faultio.c"), "-ldl"],
+        check=True,
+    )
     return library
 
 

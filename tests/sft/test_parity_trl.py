@@ -49,6 +49,39 @@ def side(library: Any, rows: list[dict[str, Any]], **changes: Any) -> Any:
     return trainer
 
 
+def test_their_settings_are_taken_over() -> None:
+    import trl
+
+    theirs = trl.SFTConfig("out", packing=True, max_length=64, use_cpu=True, report_to="none", seed=7)
+    taken = etude.SFTConfig.from_arguments(theirs)
+    names = ("learning_rate", "logging_steps", "gradient_checkpointing", "bf16", "seed", "packing", "max_length")
+    assert [getattr(taken, name) for name in names] == [getattr(theirs, name) for name in names]
+
+
+def test_every_setting_of_theirs_is_known_with_its_default() -> None:
+    import dataclasses
+
+    import trl
+
+    ours = {item.name: item.default for item in dataclasses.fields(etude.SFTConfig)}
+    added = {item.name: item.default for item in dataclasses.fields(trl.SFTConfig)}
+    for item in dataclasses.fields(etude.TrainingArguments):
+        if item.name not in ("learning_rate", "logging_steps", "gradient_checkpointing", "bf16"):
+            added.pop(item.name, None)
+    added["pad_to_multiple_of"] = None  # they write "auto", which is None but on one kind of hardware
+    assert {name: ours.get(name, "missing") for name in added} == added
+
+
+def test_every_argument_of_theirs_is_an_argument() -> None:
+    import inspect
+
+    import trl
+
+    assert list(inspect.signature(trl.SFTTrainer.__init__).parameters) == [
+        name for name in inspect.signature(etude.SFTTrainer.__init__).parameters if name != "old_names"
+    ]
+
+
 def curve(trainer: Any, key: str) -> list[float]:
     return [float(entry[key]) for entry in trainer.state.log_history if key in entry]
 

@@ -270,6 +270,30 @@ def test_settings_of_old_scripts() -> None:
         etude.SFTTrainer(tiny_llama(), train_dataset=texts(2), processing_class=tokenizer, max_sequence_length=2)
 
 
+def test_the_completion_collator_of_old_scripts_decides_what_is_learned() -> None:
+    tokenizer = sft_tokenizer()
+    made = trainer(
+        [{"text": "w1 w50 w2 w3"}, {"text": "w4 w5 w50 w6"}],
+        data_collator=etude.DataCollatorForCompletionOnlyLM("w50", tokenizer=tokenizer),
+        processing_class=tokenizer,
+    )
+    [batch] = list(made.get_eval_dataloader(made.train_dataset))
+    learned = [tokenizer.decode(labels[labels != IGNORED]) for labels in batch["labels"]]
+    assert learned == ["w2 w3 <eos>", "w6 <eos>"]
+    made.train()
+    assert made.state.global_step == 4
+
+
+def test_arguments_of_transformers_are_taken_over() -> None:
+    import transformers
+
+    theirs = transformers.TrainingArguments("out", learning_rate=5e-5, use_cpu=True, report_to="none", seed=7)
+    taken = SFTConfig.from_arguments(theirs)
+    found = (taken.learning_rate, taken.logging_steps, taken.gradient_checkpointing, taken.bf16, taken.seed)
+    assert found == (5e-5, 500, False, False, 7)
+    assert taken.max_length == 1024
+
+
 def test_defaults_are_those_of_trl() -> None:
     made = SFTConfig("out", use_cpu=True)
     found = (made.learning_rate, made.logging_steps, made.gradient_checkpointing, made.bf16, made.max_length)

@@ -40,7 +40,9 @@ class Spoiled(Trainer):
         self.factor, self.micro_batch, self.from_then_on = factor, micro_batch, from_then_on
         self.seen: list[int] = []
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         step = self.state.global_step + 1
         self.seen.append(step)
@@ -213,7 +215,12 @@ def test_a_step_without_labels_changes_nothing(fast_path: bool) -> None:
 
     remember = Remember()
     trainer = short_trainer(
-        rows=masked(ROWS, range(12, 16)), callbacks=[remember], weight_decay=0.0, fast_path=fast_path, optim="sgd", **RUN
+        rows=masked(ROWS, range(12, 16)),
+        callbacks=[remember],
+        weight_decay=0.0,
+        fast_path=fast_path,
+        optim="sgd",
+        **RUN,
     )
     assert trainer.train().global_step == 10
     assert same_bits(remember.adapters[2], remember.adapters[3])
@@ -247,7 +254,9 @@ class Detached(Trainer):
 
     detached_from = 1
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         is_due = self.state.global_step + 1 >= self.detached_from
         return torch.tensor(1.0, requires_grad=True) * loss.detach() if is_due else loss

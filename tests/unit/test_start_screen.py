@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from etude.observe.start_screen import (
     renderable,
     show,
 )
-from etude.summary import describe, describe_data
+from etude.summary import describe, describe_adapter, describe_data
 from short_run import short_trainer
 from tiny import DECODER, EOS, PAD, StreamDataset, causal_lora, language_rows, tiny_bert, tiny_llama, with_lora
 
@@ -131,7 +132,7 @@ def test_colours_are_those_of_the_terminals_palette() -> None:
         renderable(LONG, concerns_of(LONG), "etude train")
     )
     codes = {part.partition("m")[0] for part in stream.getvalue().split("\x1b[")[1:]}
-    assert codes <= {"0", "1", "31", "1;31"} and "31" in codes
+    assert codes <= {"0", "1", "31", "39", "1;31"} and "31" in codes
 
 
 def test_without_a_terminal_the_lines_are_plain() -> None:
@@ -203,7 +204,9 @@ class PadIsEos(Words):
     pad_token_id = EOS
 
 
-def batch(ids: list[list[int]], labels: list[list[int]], mask: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
+def batch(
+    ids: list[list[int]], labels: list[list[int]], mask: list[list[int]] | None = None
+) -> dict[str, torch.Tensor]:
     given = mask if mask is not None else [[1] * len(row) for row in ids]
     return {
         "input_ids": torch.tensor(ids),
@@ -270,6 +273,12 @@ def test_fused_experts_that_an_adapter_misses_are_seen() -> None:
     assert {part.name: part.adapted_layers for part in reach_of(model)}["experts"] == 2
 
 
+def test_targets_are_named_once() -> None:
+    adapter = describe_adapter(causal_lora(target_modules=[f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]))
+    assert adapter == AdapterSummary("LoRA", (("r", "8"), ("alpha", "16")), ("q_proj",))
+    assert describe_adapter(causal_lora(use_dora=True)).kind == "DoRA"  # type: ignore[union-attr]
+
+
 def test_a_model_of_another_kind_is_described() -> None:
     assert {part.name for part in reach_of(tiny_bert())} >= {"attention", "MLP", "embeddings"}
     trainer = short_trainer(tiny_llama())
@@ -328,8 +337,6 @@ def test_a_quiet_run_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_checkpoint_is_as_large_as_estimated() -> None:
-    from pathlib import Path
-
     model = causal_lora(r=64, target_modules="all-linear")
     trainer = short_trainer(model, num_train_epochs=1, save_strategy="epoch")
     trainer.train()

@@ -139,18 +139,32 @@ def load_optimizer_tree(
     """
     path = folder / "optimizer.json"
     with malformed_means_checkpoint_error(path):
-        _check_optimizer_tree(optimizer, tree, names, path)
-        _load_optimizer_tree(optimizer, tree, names, folder)
+        _check_form(tree, path)
+        if _is_numbered(tree):
+            tree = _named(tree, optimizer, names, folder)
+        _check_contents(optimizer, tree, names, path)
+        _load_optimizer_tree(optimizer, tree, names, path)
 
 
-def _check_optimizer_tree(
+def _check_form(tree: dict[str, Any], path: Path) -> None:
+    groups, state = tree["param_groups"], tree["state"]
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise CheckpointError("field 'param_groups': must be a list of mappings", path=path)
+    for number, group in enumerate(groups):
+        if not isinstance(group.get("params"), list):
+            raise CheckpointError(f"field 'param_groups.{number}.params': must be a list of parameters", path=path)
+    if not isinstance(state, dict) or not all(isinstance(entries, dict) for entries in state.values()):
+        raise CheckpointError("field 'state': must be a mapping of mappings", path=path)
+
+
+def _check_contents(
     optimizer: torch.optim.Optimizer, tree: dict[str, Any], names: dict[torch.Tensor, str], path: Path
 ) -> None:
     """What the optimizer itself would take over as it is, and fail on in the middle of an update."""
     groups = optimizer.param_groups
     if len(tree["param_groups"]) != len(groups):
         raise CheckpointError(
-            f"has {len(tree['param_groups'])} groups of parameters, the optimizer has {len(groups)}", path=path
+            f"field 'param_groups': {len(tree['param_groups'])} groups, the optimizer has {len(groups)}", path=path
         )
     for number, (saved, group) in enumerate(zip(tree["param_groups"], groups, strict=True)):
         for key, value in saved.items():
@@ -162,10 +176,12 @@ def _check_optimizer_tree(
             where = f"field 'state.{name}.{key}'"
             if not torch.is_tensor(value):
                 continue
-            if key in SHAPED_LIKE_PARAMETER and name in shapes and value.shape != shapes[name]:
-                raise CheckpointError(
-                    f"{where} has shape {tuple(value.shape)}, the parameter has {tuple(shapes[name])}", path=path
-                )
+            if key in SHAPED_LIKE_PARAMETER and name in shapes:
+                if value.shape != shapes[name]:
+                    shown = f"{tuple(value.shape)}, the parameter has {tuple(shapes[name])}"
+                    raise CheckpointError(f"{where} has shape {shown}", path=path)
+                if not value.is_floating_point():
+                    raise CheckpointError(f"{where} has the type {value.dtype}", path=path)
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise CheckpointError(f"{where} holds NaN or infinity", path=path)
 
@@ -175,19 +191,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _load_optimizer_tree(
-    optimizer: torch.optim.Optimizer, tree: dict[str, Any], names: dict[torch.Tensor, str], folder: Path
+    optimizer: torch.optim.Optimizer, tree: dict[str, Any], names: dict[torch.Tensor, str], path: Path
 ) -> None:
     number_of = {name: number for number, name in _numbered_names(optimizer, names)}
-    if _is_numbered(tree):
-        tree = _named(tree, optimizer, names, folder)
     saved = [name for group in tree["param_groups"] for name in group["params"]]
     missing, new = sorted(set(number_of) - set(saved)), sorted(set(saved) - set(number_of))
     if missing or new:
         raise CheckpointError(
-            f"the optimizer state is for other parameters: {_listed(new)} only in the checkpoint, "
+            f"field 'param_groups': the optimizer state is for other parameters: {_listed(new)} only in the checkpoint, "
             f"{_listed(missing)} only in the model. Use the adapter settings of the checkpoint, or start a new run in "
             "another output_dir",
-            path=folder,
+            path=path,
         )
     current = optimizer.state_dict()["param_groups"]
     groups = [
@@ -262,17 +276,8 @@ def random_tree() -> dict[str, Any]:
     return tree
 
 
-def load_random_tree(tree: dict[str, Any], folder: Path | None = None) -> None:
-    """Restore `random_tree`'s result; generators of devices that are not here are left alone.
-
-    Raises:
-        CheckpointError: it is not the state of such generators; `folder` is where it was read from.
-    """
-    with malformed_means_checkpoint_error((folder or Path()) / "rng.json"):
-        _load_random_tree(tree)
-
-
-def _load_random_tree(tree: dict[str, Any]) -> None:
+def load_random_tree(tree: dict[str, Any]) -> None:
+    """Restore `random_tree`'s result; generators of devices that are not here are left alone."""
     random.setstate(tree["python"])
     name, keys, *rest = tree["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -198,8 +198,8 @@ def _or_none(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 PROGRESS_FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "position.epoch": _is_count,
-    "position.batches_done": _is_count,
-    "position.samples_per_batch": lambda value: _is_count(value) and value > 0,
+    "position.batches_done": _or_none(_is_count),  # None where an imported checkpoint does not say
+    "position.samples_per_batch": _or_none(lambda value: _is_count(value) and value > 0),
     "position.epoch_ended": _is_flag,
     "position.stream_state": _or_none(_is_mapping),
     "pending": lambda value: _is_mapping(value) and all(map(_is_flag, value.values())),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Annotated, Any
 
 import typer
@@ -65,6 +65,8 @@ def introduction(adapted: Any, voice: Any) -> str:
 
 def converse(speaker: Speaker, say: Say, *, compare: bool) -> None:
     """Read, answer, repeat, until the input ends."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # arrow keys and earlier lines, where the system has it
     while True:
         try:
             text = input("> ").strip()
@@ -128,8 +130,8 @@ class Speaker:
                     tokens.append(token)
                     text = self.voice.tokenizer.decode(tokens, skip_special_tokens=True)
                     if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character: the next token ends it
-                        say(visible(text[len(written) :]))
-                        written = text
+                        new, written = text[len(written) :], text
+                        say(visible(new))
             except KeyboardInterrupt:
                 say(" ...")
         text = self.voice.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -79,6 +79,12 @@ REASONS: dict[str, Reason] = {
     "early_stopping_patience": Reason(
         "One bad evaluation is noise, two are a trend. The best adapter is kept either way.", "judgement", unit="evaluations"
     ),
+    "template": Reason(
+        "What the model was tuned with already costs nothing to learn. The template that was trained with is kept in the "
+        "adapter's folder, and chat, generate and eval use it.",
+        "TRL's documentation; reports of models served with another template than they were trained with",
+        default="the tokenizer's own; without one, a plain form",
+    ),
     "train_on": Reason(
         "Learning to write prompts as well costs capacity that answers need. The end of each answer is always learned, "
         "by where it stands, so that the model learns to stop.",

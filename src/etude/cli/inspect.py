@@ -50,14 +50,12 @@ def inspect(
     from rich.console import Console
 
     from etude.cli.adapted import load_tokenizer
-    from etude.cli.voice import RAW, chosen_template
+    from etude.cli.voice import use_template
     from etude.data import encode_rows, read_rows
 
     found = read_rows(file, on_bad_row="skip")
     tokenizer = load_tokenizer(model)
-    chosen = chosen_template(tokenizer, template)
-    if chosen == RAW:
-        raise ConfigError("raw is for prompts; rows of training data are plain at least", field="--template")
+    chosen = use_template(tokenizer, template)
     tokenized = encode_rows(
         found,
         tokenizer,
@@ -222,7 +220,7 @@ def hazards(
     num_unknown = sum(row["input_ids"].count(unknown) for row in rows) if unknown is not None else 0
     if num_unknown:
         yield Hazard("problem", f"{num_unknown} tokens are {tokenizer.unk_token}: the vocabulary lacks their text")
-    if found.format != "text" and statistics.supervised_share > 0.999:
+    if found.format != "text" and statistics.supervised_tokens >= statistics.tokens - statistics.samples:
         yield Hazard("problem", "everything is learned, the prompts too")
     if found.format in ("messages", "sharegpt") and from_template is None:
         yield Hazard("note", "the tokenizer has no chat template: conversations get the plain form (### Instruction:)")

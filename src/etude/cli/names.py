@@ -39,6 +39,8 @@ OURS: dict[str, str] = {
     "lora_target_linear": "lora.targets",
     "lora_attn_modules": "lora.targets",
     "target_modules": "lora.targets",
+    "chat_template": "template",
+    "chat_template_path": "template",
     "use_dora": "lora.dora",
     "peft_use_dora": "lora.dora",
     "load_in_4bit": "quantization",

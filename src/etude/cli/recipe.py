@@ -48,6 +48,7 @@ class Recipe:
     output: str = "lora-output"
     eval_data: str | list[str] | None = None
     eval_fraction: float = 0.05
+    template: str | None = None
     train_on: Literal["completion", "last", "all"] = "completion"
     on_bad_row: Literal["stop", "skip"] = "stop"
     max_length: int | None = None
@@ -75,6 +76,7 @@ MEANING = {
     "output": "folder of the run: checkpoints, report, the finished adapter",
     "eval_data": "file of held-out rows; instead of eval_fraction",
     "eval_fraction": "share of the rows held out, chosen by a hash of the row",
+    "template": "chat template: a Jinja file, one of the tokenizer's by name, or plain",
     "train_on": "what is learned of a row: completion, last (its last turn) or all",
     "on_bad_row": "stop at a bad row, or skip and count it",
     "max_length": "longest sample in tokens; longer ones are cut and counted",

@@ -200,6 +200,7 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
     from transformers import set_seed
 
     from etude.cli.defaults import Facts, training_settings
+    from etude.cli.voice import use_template
     from etude.data import encode_rows
     from etude.model.load import attach_lora, load_base_model
 
@@ -220,6 +221,7 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
     text_config = model.config.get_text_config()
     limit = chosen.max_length or getattr(text_config, "max_position_embeddings", None)
     options: dict[str, Any] = {"max_length": limit, "train_on": chosen.train_on, "on_bad_row": chosen.on_bad_row}
+    options["template"] = use_template(tokenizer, chosen.template)
     train_rows = encode_rows(train_set, tokenizer, **options)
     eval_rows = encode_rows(eval_set, tokenizer, **options) if eval_set is not None and len(eval_set) else None
 
@@ -279,7 +281,7 @@ def absolute_paths(chosen: Recipe) -> dict[str, Any]:
     for key in ("data", "eval_data"):
         sources = getattr(chosen, key)
         paths[key] = with_paths(sources, absolute)
-    return paths
+    return paths | ({"template": absolute(chosen.template)} if chosen.template else {})
 
 
 def all_settings(recipe: Recipe) -> dict[str, Any]:

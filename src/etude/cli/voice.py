@@ -102,7 +102,21 @@ def _rendered(
     return found
 
 
-def chosen_template(tokenizer: Any, choice: str | None) -> str | None:
+def use_template(tokenizer: Any, choice: str | None) -> str | None:
+    """The chat template of a run, which is also put on its tokenizer: so it travels with the adapter.
+
+    Raises:
+        ConfigError: there is no such template, or it is for prompts alone.
+    """
+    found = chosen_template(tokenizer, choice, field="template")
+    if found == RAW:
+        raise ConfigError("raw is for prompts; rows are plain at least", field="template")
+    if found is not None:
+        tokenizer.chat_template = None if found == PLAIN else found
+    return found
+
+
+def chosen_template(tokenizer: Any, choice: str | None, field: str = "--template") -> str | None:
     """`--template`: one of the tokenizer's named templates, `plain`, `raw`, `own`, or a Jinja file -> what `Voice` takes.
 
     Raises:
@@ -118,10 +132,10 @@ def chosen_template(tokenizer: Any, choice: str | None) -> str | None:
     file = Path(choice).expanduser()
     if not file.is_file():
         names = f", one of {', '.join(named)}" if isinstance(named, dict) else ""
-        raise ConfigError(f"'{choice}' is no file; give a Jinja file{names}, own, plain or raw", field="--template")
+        raise ConfigError(f"'{choice}' is no file; give a Jinja file{names}, own, plain or raw", field=field)
     if file.stat().st_size > MAX_TEMPLATE_BYTES:
-        raise ConfigError(f"{choice} is larger than {MAX_TEMPLATE_BYTES // 1024} KiB", field="--template")
+        raise ConfigError(f"{choice} is larger than {MAX_TEMPLATE_BYTES // 1024} KiB", field=field)
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{choice} is not UTF-8", field="--template") from error
+        raise ConfigError(f"{choice} is not UTF-8", field=field) from error

@@ -12,6 +12,8 @@ from etude.errors import DataError
 def accepted_columns(model: Any, label_names: list[str]) -> list[str]:
     """Names of the arguments of the model's forward, of the labels, and the two spellings collators turn into them."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if type(base).__name__ == "PeftMixedModel":  # takes anything and passes it on
+        base = base.base_model.model
     parameters = inspect.signature(base.forward).parameters
     return list(dict.fromkeys([*parameters, "label", "label_ids", *label_names]))
 

@@ -3,10 +3,12 @@
     Lunch with Maria on Friday at half past 3 in the afternoon
     {"event":"lunch","who":"Maria","day":"Fri","time":"3:30pm"}
 
-Hours keep their number on purpose: a model of this size learns to write what is meant in forty to sixty steps, and to add
-twelve in several hundred. The answer is a function of the request, so a reply is right or wrong: it is scored by exact match. Every example is
-drawn by a seeded generator, there are no data files. The two splits share no (event, who) pair, so a right answer on
-the held-out split was composed, not remembered.
+The answer is a function of the request, so a reply is right or wrong: it is scored by exact match. Hours keep their
+number on purpose: in sixty steps a model of this size learns to write what is meant, but not to add twelve to an hour
+(measured: 69% right after sixty steps on such a task).
+
+Every example is drawn by a seeded generator, there are no data files. The two splits share no (event, who) pair, so a
+right answer on the held-out split was composed, not remembered.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -23,13 +23,12 @@ class DataHooks(Composition):
     def get_train_dataloader(self) -> Any:
         if self.train_dataset is None:
             raise DataError("the trainer has no train_dataset")
-        sampler = None if is_streamed(self.train_dataset) else self._train_sampler()
-        return self._build_loader(
+        return self._get_dataloader(
             self.train_dataset,
-            sampler,
-            self.args.train_batch_size,
             "training",
-            drop_last=self.args.dataloader_drop_last,
+            self.args.train_batch_size,
+            sampler_fn=self._train_sampler,
+            is_training=True,
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -44,11 +43,30 @@ class DataHooks(Composition):
         return self._evaluation_loader(test_dataset, "test")
 
     def _evaluation_loader(self, dataset: Any, description: str) -> Any:
-        sampler = None if is_streamed(dataset) else self._get_eval_sampler(dataset)
-        return self._build_loader(dataset, sampler, self.args.eval_batch_size, description, drop_last=False)
+        return self._get_dataloader(
+            dataset,
+            description,
+            self.args.eval_batch_size,
+            sampler_fn=self._get_eval_sampler,
+            dataloader_key=description,
+        )
 
-    def _build_loader(self, dataset: Any, sampler: Any, batch_size: int, description: str, *, drop_last: bool) -> Any:
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Any], Any] | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        """The loader of any dataset: the order of `sampler_fn(dataset)`, that of the rows without one.
+
+        Evaluation never drops rows. `dataloader_key` is there for overrides; no loader is kept.
+        """
         args = self.args
+        sampler = None if sampler_fn is None or is_streamed(dataset) else sampler_fn(dataset)
+        drop_last = args.dataloader_drop_last and is_training
         dataset, collator = self._without_unused_columns(dataset, description)
         return build_loader(
             dataset,
@@ -65,9 +83,9 @@ class DataHooks(Composition):
             in_order=args.dataloader_in_order,
         )
 
-    def _train_sampler(self) -> Any:
-        sampler = self.call_hook(self._get_train_sampler, train_dataset=self.train_dataset)
-        return sampler if sampler is not None else EpochSampler(len(self.train_dataset), strategy="sequential", seed=0)
+    def _train_sampler(self, dataset: Any) -> Any:
+        sampler = self.call_hook(self._get_train_sampler, train_dataset=dataset)
+        return sampler if sampler is not None else EpochSampler(len(dataset), strategy="sequential", seed=0)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

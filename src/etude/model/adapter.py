@@ -23,6 +23,13 @@ def is_peft(model: Any) -> bool:
     return isinstance(model, (PeftModel, PeftMixedModel))
 
 
+def is_mixed(model: Any) -> bool:
+    """Whether adapters of different methods are mixed in `model`, for which peft has no file format."""
+    from peft import PeftMixedModel
+
+    return isinstance(model, PeftMixedModel)
+
+
 def parameter_names(model: nn.Module) -> dict[torch.Tensor, str]:
     """The name of each trainable parameter."""
     return {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -95,6 +102,8 @@ def uncovered_parameters(model: Any) -> dict[str, torch.Tensor]:
     """Trainable parameters that no adapter file holds."""
     if not is_peft(model):
         return {}
+    if is_mixed(model):
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     from peft import get_peft_model_state_dict
 
     covered = {
@@ -129,7 +138,8 @@ def save_weights(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] |
     folder.mkdir(parents=True, exist_ok=True)
     if is_peft(model):
         options = {"state_dict": state_dict} if state_dict is not None else {}
-        model.save_pretrained(str(folder), save_embedding_layers=_saves_embeddings(model), **options)
+        if not is_mixed(model):
+            model.save_pretrained(str(folder), save_embedding_layers=_saves_embeddings(model), **options)
         extra = uncovered_parameters(model)
         if extra:
             save_file({name: tensor.cpu().contiguous() for name, tensor in extra.items()}, folder / EXTRA_WEIGHTS_FILE)
@@ -159,7 +169,7 @@ def _load_adapters(model: Any, folder: Path) -> int:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     loaded: dict[str, dict[str, torch.Tensor]] = {}
-    for name in model.peft_config:
+    for name in () if is_mixed(model) else model.peft_config:
         file = adapter_folder(folder, name) / "adapter_model.safetensors"
         if not file.is_file():
             raise CheckpointError(f"has no adapter '{name}' (expected {file.name})", path=file.parent)

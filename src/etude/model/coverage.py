@@ -11,7 +11,6 @@ from torch import nn
 from etude.model.loss import unwrapped
 
 CLASSES = ("attention", "MLP", "experts", "vision", "embeddings", "head", "other")
-OUTSIDE_LAYERS = ("embeddings", "head")
 
 _WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 _ADDED = re.compile(r"\.(lora|ia3|oft|boft|hada|lokr|vera|trainable_tokens)_?\w*(?=\.|$)")
@@ -27,7 +26,7 @@ _BY_PATH = (
 
 
 class Reach(NamedTuple):
-    """Of one class: layers and matrices that are trained, of how many. Outside of the layers `layers` is 0."""
+    """Of one class: layers and matrices that are trained, of how many. `layers` is 0 for weights outside of them."""
 
     name: str
     adapted_layers: int
@@ -74,19 +73,15 @@ def _head_path(model: Any) -> str | None:
 
 
 def _counted(matrices: dict[str, tuple[str, str]], trained: set[str]) -> list[Reach]:
-    all_layers: dict[str, set[str]] = defaultdict(set)
-    hit_layers: dict[str, set[str]] = defaultdict(set)
+    layers: dict[str, set[str]] = defaultdict(set)
+    adapted_layers: dict[str, set[str]] = defaultdict(set)
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for path, (name, layer) in matrices.items():
-        all_layers[name].add(layer)
+        is_trained = path in trained
+        counts[name][0] += is_trained
         counts[name][1] += 1
-        if path in trained:
-            hit_layers[name].add(layer)
-            counts[name][0] += 1
-    found = []
-    for name in CLASSES:
-        if name in counts:
-            is_layered = name not in OUTSIDE_LAYERS
-            layers = (len(hit_layers[name]), len(all_layers[name])) if is_layered else (0, 0)
-            found.append(Reach(name, *layers, *counts[name]))
-    return found
+        if layer:
+            layers[name].add(layer)
+            if is_trained:
+                adapted_layers[name].add(layer)
+    return [Reach(n, len(adapted_layers[n]), len(layers[n]), *counts[n]) for n in CLASSES if n in counts]

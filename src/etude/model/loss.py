@@ -21,8 +21,10 @@ IGNORED_LABEL = -100
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside a PEFT model (also one of mixed methods), or the model itself."""
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model.base_model.model if type(model).__name__ == "PeftMixedModel" else model
 
 
 def accepts_loss_kwargs(model: Any) -> bool:

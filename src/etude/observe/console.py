@@ -53,7 +53,7 @@ def speed_words(throughput: ThroughputCallback | None) -> list[str]:
     figures, words = throughput.figures, []
     if "tokens_per_second" in figures:
         words.append(f"{figures['tokens_per_second']:,.0f} tok/s")
-    if throughput.seconds_left:
+    if throughput.seconds_left is not None and throughput.seconds_left >= 1:
         words.append(f"{of_seconds(throughput.seconds_left)} left")
     if "memory_gib" in figures:
         words.append(f"{figures['memory_gib']:.1f} GiB")

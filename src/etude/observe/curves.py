@@ -10,8 +10,9 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 from etude.errors import MissingDependencyError, require
+from etude.observe.console import printable
 
-SMOOTHING = 0.9
+SMOOTHING = 0.8
 MOST_POINTS = 1000
 """More than a screen has columns for; longer curves are thinned out."""
 
@@ -76,18 +77,19 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float
 
 
 class Frame(NamedTuple):
-    """Where values lie on a picture: the plot between `left`, `top`, `right` and `bottom`, and the ticks."""
+    """Where values lie on a picture: the plot between `left`, `top`, `right` and `bottom`, its steps, and the ticks."""
 
     left: float
     top: float
     right: float
     bottom: float
+    first_step: float
+    last_step: float
     x_ticks: list[float]
     y_ticks: list[float]
 
     def x(self, step: float) -> float:
-        first, last = self.x_ticks[0], self.x_ticks[-1]
-        return self.left + (step - first) / (last - first) * (self.right - self.left)
+        return self.left + (step - self.first_step) / (self.last_step - self.first_step) * (self.right - self.left)
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
@@ -98,12 +100,16 @@ def frame_of(chart: Chart, scale: float = 1.0) -> Frame:
     """The place of the plot and round numbers for its axes."""
     steps = [step for curve in chart.curves for step, _ in curve.points]
     values = [value for curve in chart.curves for _, value in curve.points]
+    first, last = (min(steps), max(steps)) if min(steps) < max(steps) else (min(steps) - 0.5, max(steps) + 0.5)
+    round_steps = ticks(first, last, 6 if chart.width > 500 else 4, whole=True)
     return Frame(
         left=52 * scale,
         top=34 * scale,
-        right=(chart.width - 14) * scale,
+        right=(chart.width - 20) * scale,
         bottom=(chart.height - 30) * scale,
-        x_ticks=ticks(min(steps), max(steps), 6 if chart.width > 500 else 3, whole=True),
+        first_step=first,
+        last_step=last,
+        x_ticks=[step for step in round_steps if first <= step <= last],
         y_ticks=ticks(min(values), max(values), 5 if chart.height > 200 else 3),
     )
 
@@ -137,8 +143,8 @@ def svg(chart: Chart) -> str:
     """The chart as an `<svg>` element; its colours are the classes `c0`, `c1`, `c2`, `grid` and `label` of the page."""
     frame = frame_of(chart)
     parts = [
-        f'<svg viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{html.escape(chart.title)}">',
-        f'<text class="title" x="{frame.left:.0f}" y="18">{html.escape(chart.title)}</text>',
+        f'<svg viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{_words(chart.title)}">',
+        f'<text class="title" x="{frame.left:.0f}" y="18">{_words(chart.title)}</text>',
     ]
     for value in frame.y_ticks:
         y = frame.y(value)
@@ -151,11 +157,17 @@ def svg(chart: Chart) -> str:
             f'<text class="label" text-anchor="middle" x="{frame.x(value):.1f}" y="{chart.height - 10}">'
             f"{label_of(value)}</text>"
         )
+    parts.append(f'<text class="label" text-anchor="end" x="{frame.left - 6}" y="{chart.height - 10}">step</text>')
     for curve in chart.curves:
         parts += _svg_curve(curve, frame)
     if len(chart.curves) > 1:
         parts += _svg_legend(chart, frame)
     return "".join([*parts, "</svg>"])
+
+
+def _words(text: str) -> str:
+    """A name as it may stand in the page; names of evaluation sets come from outside."""
+    return html.escape(printable(text, 40))
 
 
 def _svg_curve(curve: Curve, frame: Frame) -> list[str]:
@@ -174,11 +186,11 @@ def _svg_curve(curve: Curve, frame: Frame) -> list[str]:
 def _svg_legend(chart: Chart, frame: Frame) -> list[str]:
     parts, right = [], frame.right
     for curve in reversed(chart.curves):
-        width = 7 * len(curve.name) + 26
+        width = 7 * len(printable(curve.name, 40)) + 26
         kind = f"c{curve.colour}" + (" faint" if curve.is_faint else "")
         parts.append(
             f'<line class="line {kind}" x1="{right - width}" x2="{right - width + 16}" y1="14" y2="14"/>'
-            f'<text class="label" x="{right - width + 21}" y="18">{html.escape(curve.name)}</text>'
+            f'<text class="label" x="{right - width + 21}" y="18">{_words(curve.name)}</text>'
         )
         right -= width + 10
     return parts
@@ -209,6 +221,7 @@ def png(chart: Chart) -> bytes | None:
     for value in frame.x_ticks:
         place = (frame.x(value), (chart.height - 10) * scale)
         draw.text(place, label_of(value), fill=PNG_INK, font=font, anchor="ms")
+    draw.text((frame.left - 6 * scale, (chart.height - 10) * scale), "step", fill=PNG_INK, font=font, anchor="rs")
     for curve in chart.curves:
         colour = _png_colour(curve)
         places = [(frame.x(step), frame.y(value)) for step, value in curve.points]
@@ -218,8 +231,9 @@ def png(chart: Chart) -> bytes | None:
             draw.ellipse([x - 3 * scale, y - 3 * scale, x + 3 * scale, y + 3 * scale], fill=colour)
     right = frame.right
     for curve in reversed(chart.curves if len(chart.curves) > 1 else ()):
-        width = font.getlength(curve.name)
-        draw.text((right - width, 18 * scale), curve.name, fill=PNG_INK, font=font, anchor="ls")
+        name = printable(curve.name, 40)
+        width = font.getlength(name)
+        draw.text((right - width, 18 * scale), name, fill=PNG_INK, font=font, anchor="ls")
         line = [(right - width - 22 * scale, 14 * scale), (right - width - 6 * scale, 14 * scale)]
         draw.line(line, fill=_png_colour(curve), width=2 * scale)
         right -= width + 36 * scale

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -55,7 +55,6 @@ class Report:
     """(caption, code)."""
     samples: Sequence[ShownSample] = ()
     skipped_rows: Sequence[str] = ()
-    files: Sequence[str] = field(default=(REPORT_NAME,))
 
 
 def write(report: Report, folder: str | Path, secrets: Iterable[str] = ()) -> list[str]:
@@ -151,7 +150,7 @@ def _samples(samples: Sequence[ShownSample]) -> str:
 def _happened(report: Report) -> str:
     lines = [f"<li>{text(line)}</li>" for line in report.happened]
     lines += [
-        f'<li><span class="warn">{text(concern.problem)}</span>; {text(concern.fix)}</li>'
+        f'<li>warned at the start: <span class="warn">{text(concern.problem)}</span>; {text(concern.fix)}</li>'
         for concern in report.concerns
     ]
     if report.skipped_rows:
