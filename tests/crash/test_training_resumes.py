@@ -52,23 +52,23 @@ class SharedStream(StreamDataset):
 
 
 class ReturningStream(StreamDataset):
-    """A stream that can be put back to where it was."""
+    """A stream that can be put back to where it was; every later pass begins at the first row."""
 
     def __init__(self, rows: list[Any]) -> None:
         super().__init__(rows)
-        self.next_row = 0
+        self.first_row, self.next_row = 0, 0
 
     def __iter__(self) -> Any:
+        self.next_row, self.first_row = self.first_row, 0
         while self.next_row < len(self.rows):
             self.next_row += 1
             yield self.rows[self.next_row - 1]
-        self.next_row = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"next_row": self.next_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.next_row = state["next_row"]
+        self.first_row = state["next_row"]
 
 
 def shuffled_stream(rows: list[Any]) -> Any:
@@ -140,13 +140,13 @@ class Cut(TrainerCallback):
             self.num_events += 1
             if self.num_events == self.at:
                 if not self.signals:
-                    raise Crash(name)
+                    raise CrashError(name)
                 os.kill(os.getpid(), signal.SIGTERM)
 
         return count
 
 
-class Crash(Exception):
+class CrashError(Exception):
     pass
 
 
@@ -173,7 +173,7 @@ def outcome(folder: Path, settings: Settings, rest: Settings, cut: Cut, resume: 
     trainer = make(folder, settings, rest, cut)
     try:
         output = trainer.train(resume_from_checkpoint=resume)
-    except (Crash, Interrupted):
+    except (CrashError, Interrupted):
         return None
     result = result_of(trainer, output)
     assert metrics_of(folder, result["log"]) == result["log"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training import SETTINGS, Ended, Train, metrics_of, steps_in, unsound

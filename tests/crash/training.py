@@ -248,11 +248,11 @@ def train(order: dict[str, Any]) -> None:
 # -- the server ------------------------------------------------------------------------------------------------------------
 
 
-def leave(run: Callable[[], None]) -> NoReturn:
+def train_and_leave(order: dict[str, Any]) -> NoReturn:
     """End as the interpreter ends a script, without tidying up what was inherited."""
     code = 0
     try:
-        run()
+        train(order)
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1
     except KeyboardInterrupt:
@@ -279,7 +279,7 @@ def serve() -> None:
             os.dup2(printed, 1)
             os.dup2(printed, 2)
             signal.alarm(LONGEST_SECONDS)
-            leave(lambda: train(order))
+            train_and_leave(order)
         _, status, used = os.wait4(child, 0)
         code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         print(json.dumps([code, used.ru_utime + used.ru_stime]), flush=True)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import etude
 from etude import Trainer
 from short_run import checkpoints, logged, short_trainer
-from tiny import Padded, adapter_of, classification_rows, language_rows, same_bits, tiny_bert, with_lora
+from tiny import Padded, adapter_of, assert_same_bits, classification_rows, language_rows, tiny_bert, with_lora
 
 SHORT: dict[str, Any] = {"max_steps": 2, "gradient_accumulation_steps": 2}
 
@@ -182,7 +182,7 @@ def test_clipping_by_value_is_what_the_update_sees() -> None:
 def test_the_reported_norm_is_the_one_that_is_returned(plain: Any) -> None:
     trainer = trained(ReportsAnotherNorm)
     assert logged(trainer, "grad_norm") == [3.0, 3.0]
-    assert same_bits(adapter_of(trainer.model), adapter_of(plain.model))
+    assert_same_bits(adapter_of(trainer.model), adapter_of(plain.model))
 
 
 def test_the_loss_is_divided_by_the_number_that_is_returned(plain: Any) -> None:

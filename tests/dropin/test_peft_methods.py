@@ -25,7 +25,7 @@ from side_by_side import assert_same_numbers, ours, theirs
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from short_run import short_trainer
-from tiny import DECODER, Padded, adapter_of, causal_lora, language_rows, same_bits, tiny_llama
+from tiny import DECODER, Padded, adapter_of, assert_same_bits, causal_lora, language_rows, tiny_llama
 
 SETTINGS: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 QUERY_VALUE = ["q_proj", "v_proj"]
@@ -103,7 +103,7 @@ def test_method(name: str, tmp_path: Path) -> None:
 
     resumed = train_ours(name, "resumed", resume_from_checkpoint=str(Path("whole/checkpoint-2")))
     assert resumed.state.global_step == 4
-    assert same_bits(adapter_of(resumed.model), adapter_of(whole.model))
+    assert_same_bits(adapter_of(resumed.model), adapter_of(whole.model))
 
     batch = Padded()(language_rows(2, 8))
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_a_mixed_model_trains_saves_and_resumes(tmp_path: Path) -> None:
     whole = trained("whole")
     assert any("lora_A.default" in name for name in whole)
     assert any("hada_w1_a.hada" in name for name in whole)
-    assert same_bits(trained("resumed", resume_from_checkpoint="whole/checkpoint-2"), whole)
+    assert_same_bits(trained("resumed", resume_from_checkpoint="whole/checkpoint-2"), whole)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -146,4 +146,4 @@ def test_two_adapters_of_one_model_are_trained_in_turn() -> None:
     trainer = short_trainer(model, language_rows(12), **(SETTINGS | {"save_strategy": "steps", "save_steps": 4}))
     trainer.train()
     loaded = PeftModel.from_pretrained(tiny_llama(), "out/checkpoint-4/second")
-    assert same_bits(adapter_of(loaded), get_peft_model_state_dict(model, adapter_name="second"))
+    assert_same_bits(adapter_of(loaded), get_peft_model_state_dict(model, adapter_name="second"))

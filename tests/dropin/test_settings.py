@@ -23,10 +23,10 @@ import etude
 from short_run import logged, short_trainer, without_clock
 from tiny import (
     adapter_of,
+    assert_same_bits,
     causal_lora,
     classification_rows,
     language_rows,
-    same_bits,
     tiny_bert,
     tiny_t5,
     tiny_tokenizer,
@@ -279,7 +279,7 @@ def test_an_optimizer_and_schedule_of_the_user_resume_exactly(schedule: Any) -> 
 
     whole = trained("whole")
     resumed = trained("resumed", resume_from_checkpoint="whole/checkpoint-3")
-    assert same_bits(adapter_of(resumed.model), adapter_of(whole.model))
+    assert_same_bits(adapter_of(resumed.model), adapter_of(whole.model))
     assert without_clock(resumed.state.log_history) == without_clock(whole.state.log_history)
     rates = logged(whole, "learning_rate")
     assert len(set(rates)) > 2  # a schedule that stands still would prove nothing
@@ -305,7 +305,7 @@ def test_schedules_that_follow_a_metric_resume_exactly(name: str) -> None:
 
     whole = trained("whole")
     resumed = trained("resumed", resume_from_checkpoint="whole/checkpoint-3")
-    assert same_bits(adapter_of(resumed.model), adapter_of(whole.model))
+    assert_same_bits(adapter_of(resumed.model), adapter_of(whole.model))
     assert logged(resumed, "learning_rate") == logged(whole, "learning_rate")
 
 

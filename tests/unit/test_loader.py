@@ -1,0 +1,248 @@
+"""The training loader: one order whatever loads it, rows named in errors, and workers that die are started again in place."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from etude.data.loader import TrainingStream, build_loader
+from etude.data.order import EpochBatches, EpochSampler
+from short_run import logged, short_trainer
+from tiny import ListDataset, StreamDataset, adapter_of, language_rows, same_bits, tiny_llama, with_lora
+
+NUM_ROWS, BATCH = 30, 3
+Batch = list[tuple[int, float]]
+
+
+class Numbers(torch.utils.data.Dataset[Any]):
+    """Row n is (n, a random number)."""
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def __getitem__(self, number: int) -> tuple[int, float]:
+        return number, random.random() + float(torch.rand(()))
+
+
+class NumberStream(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        worker = torch.utils.data.get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for number in range(first, NUM_ROWS, step):
+            yield number, random.random() + float(torch.rand(()))
+
+
+def stream(dataset: Any = None, *, strategy: str = "random", **options: Any) -> TrainingStream:
+    dataset = Numbers() if dataset is None else dataset
+    batches = None
+    if not isinstance(dataset, torch.utils.data.IterableDataset):
+        sampler = EpochSampler(len(dataset), strategy=strategy, seed=7, lengths=range(len(dataset)), group_size=BATCH)
+        batches = EpochBatches(sampler, BATCH, drop_last=False)
+    return TrainingStream(
+        build_loader(dataset, batches=batches, batch_size=BATCH, collator=list, seed=7, **options), seed=7
+    )
+
+
+def epoch_of(data: TrainingStream, epoch: int = 0, first: int = 0) -> list[Batch]:
+    data.open(epoch, first)
+    batches = []
+    while (batch := data.next()) is not None:
+        batches.append(batch)
+    return batches
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+def test_workers_change_nothing(strategy: str, epoch: int) -> None:
+    """Neither the order nor the random numbers drawn for a row."""
+    alone, helped = stream(strategy=strategy), stream(strategy=strategy, num_workers=2)
+    assert epoch_of(alone, epoch) == epoch_of(helped, epoch)
+    assert sorted(number for batch in epoch_of(alone, epoch) for number, _ in batch) == list(range(NUM_ROWS))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [Numbers, NumberStream])
+def test_any_place_is_entered_alike(kind: Any, workers: int) -> None:
+    """In a process that has seen the epochs before and in one that has not, whatever was drawn meanwhile."""
+    whole = stream(kind(), num_workers=workers)
+    epochs = [epoch_of(whole, epoch) for epoch in (0, 1)]
+    assert epochs[0] != epochs[1]
+    for epoch, first in ((0, 4), (1, 0), (1, 7)):
+        random.seed(first)
+        torch.manual_seed(first)
+        assert epoch_of(stream(kind(), num_workers=workers), epoch, first) == epochs[epoch][first:]
+
+
+def test_what_the_program_draws_is_not_disturbed() -> None:
+    random.seed(3)
+    torch.manual_seed(3)
+    wanted = random.random(), float(torch.rand(()))
+    random.seed(3)
+    torch.manual_seed(3)
+    epoch_of(stream())
+    assert (random.random(), float(torch.rand(()))) == wanted
+
+
+# An exception within a row
+
+
+class BadRow(ListDataset):
+    def __getitem__(self, index: int) -> Any:
+        if index == 13:
+            raise ValueError("this row cannot be read")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_exception_in_a_row_names_the_row(workers: int) -> None:
+    trainer = short_trainer(
+        rows=BadRow(language_rows(20)),
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=workers,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    with pytest.raises(ValueError, match="this row cannot be read") as caught:
+        trainer.train()
+    said = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert "row 13 of the BadRow dataset" in said
+    assert trainer.state.global_step >= (6 if workers == 0 else 0)
+
+
+# Workers that die
+
+
+def workers_of(data: TrainingStream) -> list[int]:
+    return [worker.pid for worker in data._iterator._workers]  # type: ignore[union-attr]
+
+
+def kill_and_wait(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Until it is dead, but not yet waited for by anybody."""
+    os.kill(pid, number)
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [Numbers, NumberStream])
+def test_a_killed_worker_is_started_again(
+    kind: Any, number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = epoch_of(stream(kind(), num_workers=2), 1)
+    data = stream(kind(), num_workers=2, prefetch_factor=1)
+    data.open(1)
+    batches = [data.next() for _ in range(3)]
+    kill_and_wait(workers_of(data)[0], number)
+    while (batch := data.next()) is not None:
+        batches.append(batch)
+    assert batches == wanted
+    assert "the workers are started again at micro-batch 3" in caplog.text
+
+
+def test_all_workers_killed_again_and_again() -> None:
+    """As often as it takes, as long as it gets anywhere."""
+    wanted = epoch_of(stream(num_workers=2))
+    data = stream(num_workers=2)
+    data.open(0)
+    batches = []
+    for turn in range(len(wanted)):
+        if turn % 2:
+            for pid in workers_of(data):
+                kill_and_wait(pid)
+        batches.append(data.next())
+    assert batches == wanted and data.next() is None
+
+
+class Deadly(Numbers):
+    """The worker that fetches row 13 is killed."""
+
+    def __getitem__(self, number: int) -> tuple[int, float]:
+        if number == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(number)
+
+
+def test_a_row_that_always_kills_its_worker_ends_the_run() -> None:
+    data = stream(Deadly(), strategy="sequential", num_workers=1, prefetch_factor=1)
+    data.open(0)
+    batches = [data.next() for _ in range(4)]
+    assert [number for batch in batches for number, _ in batch or []] == list(range(12))
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+        data.next()
+    (note,) = caught.value.__notes__
+    assert "started again 3 times for micro-batch 4 of epoch 0" in note and "dataloader_num_workers" in note
+
+
+def test_a_dead_worker_is_noticed_nowhere_but_in_the_wait_for_data() -> None:
+    """torch raises in a signal handler: in the middle of an update as well as of a save."""
+    data = stream(num_workers=2)
+    data.open(0)
+    first = data.next()
+    kill_and_wait(workers_of(data)[1])
+    for _ in range(1000):  # here torch would have raised
+        sum(range(100))
+    assert [first, data.next(), data.next()] == epoch_of(stream())[:3]
+
+
+def test_persistent_workers_are_not_started_again() -> None:
+    data = stream(num_workers=1, persistent_workers=True)
+    data.open(0)
+    kill_and_wait(workers_of(data)[0])
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        data.next()
+        data.next()
+        data.next()
+
+
+class KillsItsWorkerOnce(ListDataset):
+    """The first worker that fetches row 11 is killed; a file remembers that it was."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 11 and torch.utils.data.get_worker_info() is not None and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_training_does_not_notice() -> None:
+    def dropped() -> Any:
+        return with_lora(tiny_llama(attention_dropout=0.1), task_type="CAUSAL_LM", lora_dropout=0.1)
+
+    rows = language_rows(20)
+    whole = short_trainer(dropped(), ListDataset(rows), output_dir="whole")
+    whole.train()
+    helped = short_trainer(dropped(), KillsItsWorkerOnce(rows), dataloader_num_workers=2, gradient_accumulation_steps=1)
+    helped.train()
+    assert Path("killed").exists()
+    assert logged(helped, "loss") == logged(whole, "loss")
+    assert same_bits(adapter_of(helped.model), adapter_of(whole.model))
+
+
+def test_no_worker_outlives_the_training() -> None:
+    """Not until the garbage collector finds the loader, which may then wait for seconds."""
+    before = set(children())
+    for rows, settings in ((ListDataset(language_rows(20)), {}), (StreamDataset(language_rows(20)), {"max_steps": 3})):
+        trainer = short_trainer(rows=rows, dataloader_num_workers=2, **settings)
+        trainer.train()
+        assert set(children()) == before
+
+
+def children() -> list[int]:
+    """The living child processes of this one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(parent) == os.getpid() and state != "Z":
+            found.append(int(path.parent.name))
+    return found
