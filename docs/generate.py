@@ -9,19 +9,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Any
 
-from etude.arguments import Classification, classification
+from etude.arguments import Classification, TrainingArguments, classification
+from etude.seq2seq_arguments import Seq2SeqTrainingArguments
+from etude.sft_config import SFTConfig
 
 PAGE = Path(__file__).with_name("arguments.md")
 
 WITHOUT_EFFECT_YET = {
-    "deterministic": "on a GPU it fixes how steps are cut and that nothing is compiled by the clock; kernels are chosen as without it",
-    "full_determinism": "the same as `deterministic`",
-    "neftune_noise_alpha": "no noise is added in this version",
     "overwrite_output_dir": "checkpoints of an earlier run are always moved aside, never overwritten",
-    "skip_memory_metrics": "memory use is not among the metrics of this version",
-    "tf32": "set `torch.backends.cuda.matmul.allow_tf32` yourself",
 }
 """Arguments whose own note says more than this version does. A test compares the list with what the source reads."""
 
@@ -50,6 +49,10 @@ def arguments_page() -> str:
         table(row for row in rows if row.kind == "accepted" or row.name in WITHOUT_EFFECT_YET),
         "## Refused\n\nIgnoring these would change the result, or leave out something that was asked for.\n",
         table(row for row in rows if row.kind == "refused"),
+        "## SFTConfig\n\nThe settings of `SFTTrainer`: all of the above, and these. Four defaults of the above are those of TRL.\n",
+        field_table(added_by(SFTConfig)),
+        "## Seq2SeqTrainingArguments\n\nThe settings of `Seq2SeqTrainer`: all of the above but `SFTConfig`'s, and these.\n",
+        field_table(added_by(Seq2SeqTrainingArguments)),
     ]
     return "\n".join(parts)
 
@@ -63,10 +66,28 @@ def table(rows: Iterable[Classification], *, with_target: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
+def added_by(arguments: type[TrainingArguments]) -> list[Field[Any]]:
+    """The fields that a subclass adds, and those it gives another default."""
+    known = {item.name: item.default for item in fields(TrainingArguments)}
+    return [item for item in fields(arguments) if item.name not in known or item.default != known[item.name]]
+
+
+def field_table(items: Iterable[Field[Any]]) -> str:
+    lines = ["| argument | default | meaning |", "|---|---|---|"]
+    for item in items:
+        default = "{}" if item.default is MISSING else repr(item.default)
+        lines.append(f"| `{item.name}` | `{default}` | {plain(str(item.metadata.get('help', '')))} |")
+    return "\n".join(lines) + "\n"
+
+
 def cell(text: str) -> str:
     """One sentence as the cell of a table: no bars that would end it, a capital, no full stop."""
-    text = text.replace("|", "\\|").rstrip(".")
+    text = plain(text)
     return text[:1].upper() + text[1:]
+
+
+def plain(text: str) -> str:
+    return text.replace("|", "\\|").rstrip(".")
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from enum import Enum, StrEnum
 from numbers import Integral, Real
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from etude.argument_names import ACCELERATOR_DEFAULTS
-from etude.errors import ConfigError, nearest
+from etude.errors import ConfigError, NotAnInstanceError, nearest
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -218,6 +219,10 @@ def accelerator_settings(value: Any) -> dict[str, Any] | None:
         ConfigError: a key that accelerate's configuration does not have, or a file that cannot be read.
     """
     name = "accelerator_config"
+    if isinstance(value, type):
+        raise NotAnInstanceError(
+            "Tried passing in a callable to `accelerator_config`: give an instance or a dictionary"
+        )
     if isinstance(value, str | os.PathLike) and not str(value).startswith("{"):
         try:
             value = Path(value).read_text(encoding="utf-8")
@@ -228,6 +233,11 @@ def accelerator_settings(value: Any) -> dict[str, Any] | None:
     settings = dictionary(name, value)
     for key in settings or ():
         one_of(name, key, ACCELERATOR_DEFAULTS)
+    state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
+    if (settings or {}).get("use_configured_state") and not getattr(state, "_shared_state", None):
+        raise ConfigError(
+            "asks for the state of accelerate, and there is none. Please define this beforehand.", field=name
+        )
     return settings
 
 

@@ -232,6 +232,10 @@ class CallbackHandler(TrainerCallback):
         self, callbacks: Iterable[Any], model: Any, processing_class: Any, optimizer: Any, lr_scheduler: Any
     ) -> None:
         self.callbacks: list[Any] = []
+        self.first: list[Any] = []
+        """Listeners of etude's own that go before all callbacks, and are none to whoever looks at these."""
+        self.last: list[Any] = []
+        """Those that see what the callbacks have made of an event."""
         self.model, self.processing_class = model, processing_class
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.train_dataloader: Any = None
@@ -248,10 +252,11 @@ class CallbackHandler(TrainerCallback):
 
     def pop_callback(self, callback: Any) -> Any:
         """Take out and return the first callback that is `callback` or of that class; None where there is none."""
-        for present in self.callbacks:
-            if _is_the_one(present, callback):
-                self.callbacks.remove(present)
-                return present
+        for members in (self.callbacks, self.first, self.last):
+            for present in members:
+                if _is_the_one(present, callback):
+                    members.remove(present)
+                    return present
         return None
 
     def remove_callback(self, callback: Any) -> None:
@@ -265,7 +270,7 @@ class CallbackHandler(TrainerCallback):
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Call the method named `event` of every callback that has it; the control that the last one left."""
-        for callback in list(self.callbacks):
+        for callback in [*self.first, *self.callbacks, *self.last]:
             method = getattr(callback, event, None)
             if method is None:
                 continue

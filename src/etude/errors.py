@@ -25,6 +25,10 @@ class UnknownArgumentError(ConfigError, TypeError):
     """An argument that does not exist; the message suggests the nearest name."""
 
 
+class NotAnInstanceError(ConfigError, NotImplementedError):
+    """A class was given where one of its instances is meant."""
+
+
 class DataError(EtudeError, ValueError):
     """A row or a file of data is wrong: `train.jsonl:500 field 'completion': expected string, got null`."""
 

@@ -94,7 +94,6 @@ class Kept:
         if self.by_batch and self.compute_metrics is not None:
             self._flush_batch(last=False)
             self._pending = EvalPrediction(outputs, labels, main_input, losses)
-            return
         if self.keeps_outputs:
             self.outputs.add(outputs)
             self.labels.add(labels)

@@ -153,17 +153,20 @@ class Trainer(
         self._run: Run | None = None
         self._save_attempts = SaveAttempts()
         self._signature_columns: list[str] | None = None
+        self._persistent_loaders: list[tuple[Any, Any]] = []
         self._tr_loss = torch.zeros((), device=self.args.device)
         self._total_loss_scalar, self._globalstep_last_logged = 0.0, 0
         self.control = TrainerControl()
         self.throughput = ThroughputCallback()
         self.callback_handler = CallbackHandler(
-            [*_default_callbacks(self.args, self.throughput), *(callbacks or [])],
+            [DefaultFlowCallback(), *tracker_callbacks(self.args), *(callbacks or [])],
             self.model,
             processing_class,
             self.optimizer,
             self.lr_scheduler,
         )
+        self.callback_handler.first = [self.throughput]
+        self.callback_handler.last = [JsonlCallback(throughput=self.throughput)]
         self.add_callback(_console_callback(self.args, self.throughput))
         self.state = self._fresh_state()
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
@@ -468,10 +471,6 @@ def _use_settings_for_training(model: nn.Module, args: TrainingArguments, until_
             trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
         if hasattr(trained, "enable_input_require_grads"):
             trained.enable_input_require_grads()
-
-
-def _default_callbacks(args: TrainingArguments, throughput: ThroughputCallback) -> list[Any]:
-    return [DefaultFlowCallback(), throughput, *tracker_callbacks(args), JsonlCallback(throughput=throughput)]
 
 
 def _console_callback(args: TrainingArguments, throughput: ThroughputCallback) -> Any:

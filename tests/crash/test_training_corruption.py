@@ -91,7 +91,8 @@ def test_a_damaged_file_is_named_and_not_used(out: Path, damage: str, name: str)
     assert newest is not None and newest.step == BEFORE
     assert [rejection.path.name for rejection in rejections] == [f"checkpoint-{NEWEST}"]
     assert rejections[0].reason.startswith(f"{name}: ")
-    with pytest.raises(CheckpointError, match=rf"checkpoint-{NEWEST}/{name}.*resume_from_checkpoint=True takes"):
+    says = rf"/{name}: .*resume_from_checkpoint=True takes the newest valid one|: .* it has no {name}"
+    with pytest.raises(CheckpointError, match=rf"checkpoint-{NEWEST}({says})"):
         build(out).train(resume_from_checkpoint=str(out / f"checkpoint-{NEWEST}"))
 
 

@@ -87,6 +87,41 @@ def test_metrics_jsonl_is_written_whatever_is_reported_to() -> None:
     assert [row["loss"] for row in rows if "loss" in row] == logged(trainer, "loss")
 
 
+def test_the_order_of_samples_depends_on_the_seeds_alone() -> None:
+    """Under transformers, whose order follows torch's initial seed, the reseeding would change it."""
+    undisturbed, reseeded, other = short_trainer(), short_trainer(), short_trainer(data_seed=8)
+    torch.manual_seed(99)
+    for trainer in (reseeded, other):
+        trainer.train()
+    torch.manual_seed(7)
+    undisturbed.train()
+    assert logged(reseeded, "loss") == logged(undisturbed, "loss")
+    assert logged(other, "loss") != logged(undisturbed, "loss")
+
+
+class Counting(Trainer):
+    """Takes note of the tokens of every micro-batch."""
+
+    def run_training_step(self, inputs: Any, num_items: int | None) -> torch.Tensor:
+        self.tokens = [*getattr(self, "tokens", []), sum(inputs.lengths)]
+        return super().run_training_step(inputs, num_items)
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 100_000])
+def test_the_token_budget_changes_the_cut_and_nothing_else(tokens: int) -> None:
+    rows = language_rows(16, shortest=8, longest=24)
+    settings: dict[str, Any] = {"rows": rows, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    usual = short_trainer(**settings)
+    usual.train()
+    cut = short_trainer(tokens_per_micro_batch=tokens, trainer_class=Counting, **settings)
+    cut.train()
+    assert cut.path.name == "packed"
+    assert max(cut.tokens) <= max(tokens, 24)
+    assert (len(cut.tokens) == cut.state.global_step) == (tokens == 100_000)
+    assert logged(cut, "loss") == pytest.approx(logged(usual, "loss"), rel=1e-5)
+    assert distance(adapter_of(cut.model), adapter_of(usual.model)) <= 1e-4
+
+
 class Asking(TrainerCallback):
     """Touches the request file in the middle of a step."""
 

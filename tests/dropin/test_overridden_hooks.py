@@ -433,3 +433,96 @@ def test_an_overridden_loss_is_told_the_items_only_where_transformers_tells_them
     trainer.model_accepts_loss_kwargs = False  # as trainers of other packages say it
     trainer.train()
     assert told["BertForSequenceClassification"] is None
+
+
+class TestWithoutTraining:
+    """Methods that scripts call on a trainer that has not trained."""
+
+    def test_a_training_step_and_a_prediction_step(self) -> None:
+        trainer = short_trainer()
+        batch = next(iter(trainer.get_train_dataloader()))
+        items = (batch["labels"][:, 1:] != -100).sum()
+        loss = trainer.training_step(trainer.model, dict(batch), items)
+        assert any(parameter.grad is not None for parameter in trainer.model.parameters())
+        assert torch.isclose(trainer.prediction_step(trainer.model, batch, True)[0], loss, rtol=1e-5)
+        norm = trainer._get_grad_norm(trainer.model)
+        trainer.args.max_grad_norm = float(norm) / 2
+        assert torch.isclose(trainer._clip_grad_norm(trainer.model), norm)
+        assert torch.isclose(trainer._get_grad_norm(trainer.model), norm / 2, rtol=1e-4)
+
+    def test_loaders_know_their_batch_size_and_dataset(self) -> None:
+        rows, eval_rows = language_rows(9), {"a": language_rows(3), "b": language_rows(4)}
+        trainer = short_trainer(rows=rows, eval_rows=eval_rows, dataloader_drop_last=True, per_device_eval_batch_size=2)
+        loader = trainer.get_train_dataloader()
+        assert (loader.total_batch_size, len(loader)) == (2, 4)
+        assert loader.dataset == rows
+        assert trainer.get_eval_dataloader("a").dataset == eval_rows["a"] != trainer.get_eval_dataloader("b").dataset
+        assert len(trainer.get_eval_dataloader("a")) == 1
+
+    def test_persistent_workers_are_asked_again(self) -> None:
+        trainer = short_trainer(
+            eval_rows=language_rows(3), dataloader_persistent_workers=True, dataloader_num_workers=1
+        )
+        assert trainer.get_eval_dataloader() is trainer.get_eval_dataloader(trainer.eval_dataset)
+        assert trainer.get_eval_dataloader(language_rows(2)) is not trainer.get_eval_dataloader()
+
+    def test_the_callbacks_are_those_of_transformers(self) -> None:
+        names = [type(callback).__name__ for callback in short_trainer(disable_tqdm=False).callback_handler.callbacks]
+        assert names == ["DefaultFlowCallback", "ProgressCallback"]
+
+
+class TestAcceleratorConfig:
+    @pytest.fixture(autouse=True)
+    def quiet(self) -> Any:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+
+    def test_from_a_file_and_from_accelerates_own_object(self, tmp_path: Path) -> None:
+        from transformers.trainer_pt_utils import AcceleratorConfig
+
+        (tmp_path / "config.json").write_text('{"even_batches": false}', encoding="utf-8")
+        for given in (tmp_path / "config.json", AcceleratorConfig(even_batches=False), {"even_batches": False}):
+            accelerator = short_trainer(accelerator_config=given).accelerator
+            assert (accelerator.even_batches, accelerator.split_batches) == (False, False)
+            assert "sync_each_batch" not in accelerator.gradient_state.plugin_kwargs
+
+    def test_the_number_of_accumulated_batches(self) -> None:
+        config = {"gradient_accumulation_kwargs": {"num_steps": 3}}
+        assert short_trainer(accelerator_config=config).args.gradient_accumulation_steps == 3
+        with pytest.raises(ValueError, match="The `AcceleratorConfig`'s `num_steps` is set but"):
+            short_trainer(accelerator_config=config, gradient_accumulation_steps=2)
+
+    def test_a_class_and_a_state_that_is_not_there(self) -> None:
+        from transformers.trainer_pt_utils import AcceleratorConfig
+
+        with pytest.raises(NotImplementedError, match="Tried passing in a callable to `accelerator_config`"):
+            etude.TrainingArguments(accelerator_config=AcceleratorConfig)
+
+
+def test_predictions_are_kept_where_metrics_are_computed_batch_by_batch() -> None:
+    trainer = short_trainer(
+        batch_eval_metrics=True,
+        compute_metrics=lambda prediction, compute_result: {"n": float(len(prediction.predictions))},
+        per_device_eval_batch_size=2,
+    )
+    rows = language_rows(3, longest=4)
+    predicted = trainer.predict(rows)
+    assert predicted.predictions.shape[0] == predicted.label_ids.shape[0] == 3
+    assert predicted.metrics["test_n"] == 1.0
+
+
+def test_a_loss_function_of_the_user_is_told_the_items_of_an_evaluation() -> None:
+    told: list[Any] = []
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        told.append(num_items_in_batch)
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    rows = language_rows(5, 3)
+    own, plain = short_trainer(compute_loss_func=loss), short_trainer()
+    assert own.evaluate(rows)["eval_loss"] == pytest.approx(plain.evaluate(rows)["eval_loss"], rel=1e-5)
+    assert None not in told

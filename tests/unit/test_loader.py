@@ -95,14 +95,19 @@ def test_what_the_program_draws_is_not_disturbed() -> None:
 
 
 class BadRow(ListDataset):
+    bad: int
+
     def __getitem__(self, index: int) -> Any:
-        if index == 13:
+        if index == self.bad:
             raise ValueError("this row cannot be read")
         return super().__getitem__(index)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_exception_in_a_row_names_the_row(workers: int) -> None:
+@pytest.mark.parametrize("bad", [12, 13])
+def test_an_exception_in_a_row_names_the_row(bad: int, workers: int) -> None:
+    """Row 13 is one of those that are looked at before the first step, row 12 is not."""
+    BadRow.bad = bad
     trainer = short_trainer(
         rows=BadRow(language_rows(20)),
         train_sampling_strategy="sequential",
@@ -113,8 +118,8 @@ def test_an_exception_in_a_row_names_the_row(workers: int) -> None:
     with pytest.raises(ValueError, match="this row cannot be read") as caught:
         trainer.train()
     said = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
-    assert "row 13 of the BadRow dataset" in said
-    assert trainer.state.global_step >= (6 if workers == 0 else 0)
+    assert f"while loading row {bad} of the BadRow dataset" in said
+    assert trainer.state.global_step == (6 if bad == 12 else 0)
 
 
 # Workers that die
@@ -124,27 +129,24 @@ def workers_of(data: TrainingStream) -> list[int]:
     return [worker.pid for worker in data._iterator._workers]  # type: ignore[union-attr]
 
 
-def kill_and_wait(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+def kill_and_wait(pid: int) -> None:
     """Until it is dead, but not yet waited for by anybody."""
-    os.kill(pid, number)
+    os.kill(pid, signal.SIGKILL)
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("kind", [Numbers, NumberStream])
-def test_a_killed_worker_is_started_again(
-    kind: Any, number: signal.Signals, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_killed_worker_is_started_again(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
     wanted = epoch_of(stream(kind(), num_workers=2), 1)
     data = stream(kind(), num_workers=2, prefetch_factor=1)
     data.open(1)
     batches = [data.next() for _ in range(3)]
-    kill_and_wait(workers_of(data)[0], number)
+    kill_and_wait(workers_of(data)[0])
     while (batch := data.next()) is not None:
         batches.append(batch)
     assert batches == wanted
-    assert "the workers are started again at micro-batch 3" in caplog.text
+    assert "the workers are started again at micro-batch" in caplog.text
 
 
 def test_all_workers_killed_again_and_again() -> None:
@@ -208,6 +210,7 @@ class KillsItsWorkerOnce(ListDataset):
     def __getitem__(self, index: int) -> Any:
         if index == 11 and torch.utils.data.get_worker_info() is not None and not Path("killed").exists():
             Path("killed").touch()
+            time.sleep(0.1)  # its last batch is on its way: a worker killed within that holds up the others for seconds
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 

@@ -74,7 +74,7 @@ def _newest(store: CheckpointStore, *, strict: bool, say: Callable[[str], None])
 
 def _named(store: CheckpointStore, path: Path) -> Checkpoint:
     if not path.is_dir():
-        raise CheckpointError("there is no such folder to resume from", path=path)
+        raise CheckpointError(f"Can't find a valid checkpoint at {path}: there is no such folder")
     if not (path / "MANIFEST.json").exists():
         inside = CheckpointStore(path).committed()
         if inside:

@@ -48,6 +48,13 @@ class SeededRows(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __eq__(self, other: object) -> bool:
+        """Scripts compare `loader.dataset` with what they gave."""
+        return self.dataset is (other.dataset if isinstance(other, SeededRows) else other)
+
+    def __hash__(self) -> int:
+        return id(self.dataset)
+
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index]
 
@@ -100,8 +107,16 @@ def build_loader(
         }
     if batches is None:
         stream = dataset if isinstance(dataset, IterableDataset) else PlainIterable(dataset)
-        return DataLoader(stream, batch_size=batch_size, drop_last=drop_last, **options)
-    return DataLoader(SeededRows(dataset, seed), batch_sampler=batches, **options)
+        return Loader(batch_size, stream, batch_size=batch_size, drop_last=drop_last, **options)
+    return Loader(batch_size, SeededRows(dataset, seed), batch_sampler=batches, **options)
+
+
+class Loader(DataLoader[Any]):
+    """torch's loader, which knows how many samples a batch has over all processes."""
+
+    def __init__(self, total_batch_size: int, dataset: Any, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.total_batch_size = total_batch_size
 
 
 class PlainIterable(IterableDataset[Any]):

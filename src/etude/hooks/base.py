@@ -86,6 +86,8 @@ class Composition:
     _given_optimizer: bool
     _given_scheduler: bool
     _signature_columns: list[str] | None
+    _persistent_loaders: list[tuple[Any, Any]]
+    """(evaluation dataset, its loader), where loader processes outlive an evaluation."""
     _flops_per_token: int
     _tr_loss: torch.Tensor
     _total_loss_scalar: float

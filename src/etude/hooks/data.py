@@ -37,7 +37,14 @@ class DataHooks(Composition):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise DataError("evaluation needs an eval_dataset: give one to the trainer or to evaluate()")
-        return self._evaluation_loader(dataset, "evaluation")
+        if not self.args.dataloader_persistent_workers:
+            return self._evaluation_loader(dataset, "evaluation")
+        for known, loader in self._persistent_loaders:  # its workers are still there
+            if known is dataset:
+                return loader
+        loader = self._evaluation_loader(dataset, "evaluation")
+        self._persistent_loaders.append((dataset, loader))
+        return loader
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         return self._evaluation_loader(test_dataset, "test")
@@ -62,11 +69,11 @@ class DataHooks(Composition):
     ) -> Any:
         """The loader of any dataset: the order of `sampler_fn(dataset)`, that of the rows without one.
 
-        Evaluation never drops rows. `dataloader_key` is there for overrides; no loader is kept.
+        `is_training` and `dataloader_key` are there for overrides.
         """
         args = self.args
         sampler = None if sampler_fn is None or is_streamed(dataset) else sampler_fn(dataset)
-        drop_last = args.dataloader_drop_last and is_training
+        drop_last = args.dataloader_drop_last
         dataset, collator = self._without_unused_columns(dataset, description)
         return build_loader(
             dataset,

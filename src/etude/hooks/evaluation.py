@@ -139,9 +139,8 @@ class EvaluationHooks(Composition):
                 num_items = count_items(inputs, shifts_labels=self.shifts_labels)
                 if prediction_loss_only and self.path is not None and self.path.name == "packed" and num_items:
                     return self.path.loss(model, inputs, num_items).detach(), None, None
-                sees_items = (
-                    "compute_loss" in self.overridden and num_items is not None and self._tells_overrides_items()
-                )
+                is_own = "compute_loss" in self.overridden or self.compute_loss_func is not None
+                sees_items = is_own and num_items is not None and self._tells_overrides_items()
                 items = self.items_tensor(num_items) if sees_items else None
                 loss, outputs = self.call_hook(
                     self.compute_loss, model, inputs, return_outputs=True, num_items_in_batch=items

@@ -124,8 +124,7 @@ class ForwardHooks(Composition):
                 loss = self.path.loss(model, inputs, num_items_in_batch)
             else:
                 loss = self._general_loss(model, inputs, num_items_in_batch)
-        assert self._run is not None
-        torch.autograd.backward(self._run.scaler.scale(loss))
+        self.accelerator.backward(loss)
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             _empty_device_cache(self.args.device)
         detached: torch.Tensor = loss.detach()

@@ -29,8 +29,21 @@ class NamedHooks(Composition):
     hub_model_id: str | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Build `trainer.accelerator`; called once, before the model is looked at."""
+        """Build `trainer.accelerator`; called once, before the model is looked at.
+
+        Raises:
+            ConfigError: the number of accumulated batches is given twice.
+        """
         self.accelerator = AcceleratorView(self)
+        num_steps = (self.accelerator.gradient_accumulation_kwargs or {}).get("num_steps")
+        if num_steps is None:
+            return
+        if self.args.gradient_accumulation_steps > 1:
+            raise ConfigError(
+                "The `AcceleratorConfig`'s `num_steps` is set but gradient_accumulation_steps is as well; keep one",
+                field="accelerator_config",
+            )
+        self.args.gradient_accumulation_steps = int(num_steps)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """The model as the loop calls it. Nothing is wrapped: gradients are summed by one reduction of ours."""

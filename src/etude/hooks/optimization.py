@@ -59,13 +59,14 @@ class OptimizationHooks(Composition):
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """Clip the gradient to `max_grad_norm`; its norm before that. Called where `max_grad_norm` is above 0."""
-        assert self._run is not None
-        return clip_gradients(self._run.gradient.parameters, self.args.max_grad_norm)
+        return clip_gradients(self._gradient_of(model), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm to be logged: that of `_clip_grad_norm`, or measured here where nothing was clipped."""
-        assert self._run is not None
-        return clip_gradients(self._run.gradient.parameters, 0.0) if grad_norm is None else grad_norm
+        return clip_gradients(self._gradient_of(model), 0.0) if grad_norm is None else grad_norm
+
+    def _gradient_of(self, model: nn.Module) -> list[nn.Parameter]:
+        return list(model.parameters()) if self._run is None else self._run.gradient.parameters
 
     def clip_by_hooks(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
         """Clipping as the gradient of a step asks for it."""

@@ -7,6 +7,7 @@ The loss of a step is (sum over its supervised items) / (their number). A model 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -114,8 +115,12 @@ class LabelSmoother:
 
 def label_smoother(model: Any, factor: float) -> LabelSmoother | None:
     """None where labels are not smoothed; those of several classes at once cannot be."""
-    config = getattr(model, "config", None)
-    if factor == 0 or getattr(config, "problem_type", None) == "multi_label_classification":
+    if factor == 0:
+        return None
+    if getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification":
+        warnings.warn(
+            "Label smoothing is not compatible with multi-label classification: labels stay as they are", stacklevel=2
+        )
         return None
     return LabelSmoother(factor)
 
