@@ -25,7 +25,7 @@ from etude.errors import ConfigError, UnknownArgumentError
 
 THEIR_FIELDS = {item.name: item for item in dataclasses.fields(transformers.TrainingArguments)}
 OUR_FIELDS = {item.name: item for item in dataclasses.fields(TrainingArguments)}
-OUR_OWN = {"on_nonfinite", "deterministic", "hf_checkpoint_files", "tokens_per_micro_batch", "fast_path"}
+OUR_OWN = {"cuda_graphs", "on_nonfinite", "deterministic", "hf_checkpoint_files", "tokens_per_micro_batch", "fast_path"}
 NEW_IN_5_23 = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # the oldest supported version is 5.17
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in THEIR_FIELDS else "gradient_checkpointing"
 LEFT_OUT_BY_THEM = {"warmup_ratio", "logging_dir", "overwrite_output_dir"}

@@ -40,6 +40,7 @@ def test_a_lora_model_is_packed_and_says_how() -> None:
         "padding removed, samples packed",
         "attention: per sequence",
         "loss head: chunked cross entropy on labelled tokens",
+        "4 LoRA layers without float32 copies",
     )
 
 
