@@ -406,6 +406,8 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
             raise ConfigError("EarlyStoppingCallback needs evaluations: 'steps' or 'epoch'", field="eval_strategy")
         if not args.load_best_model_at_end:
             logger.warning("early stopping without load_best_model_at_end=True: the run ends with its last weights")
+        if state.global_step > 0 and self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True  # a run that had stopped already was resumed
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> Any:
         name = args.metric_for_best_model or "loss"

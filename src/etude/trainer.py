@@ -245,7 +245,6 @@ class Trainer(
             run = self._build_run(resume_from_checkpoint, trial, ignore_keys_for_eval, until_the_end)
             self._introduce(run)
             until_the_end.callback(self._undo_swaps)
-            until_the_end.callback(run.batches.stream.close)
             output = loop.train(run)
             if run.interrupts.requested is not None:
                 name = run.interrupts.requested.name
@@ -313,6 +312,7 @@ class Trainer(
             ignore_keys_for_eval=ignore_keys,
         )
         self._run = run
+        until_the_end.callback(batches.stream.close)
         if checkpoint is not None:
             restore_run(self, run, checkpoint)
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen

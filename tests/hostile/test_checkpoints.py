@@ -341,7 +341,12 @@ def test_json_that_is_too_large_is_not_read(checkpoint: Path) -> None:
             (checkpoint / name).write_bytes(sound)
 
 
-MISSING = object()
+class _Missing:
+    def __repr__(self) -> str:
+        return "missing"
+
+
+MISSING = _Missing()
 FIELDS: list[tuple[str, str, Any]] = [  # (file, field, value)
     *(("etude.json", "position.epoch", value) for value in (-1, 2**70, 1.5, "0", None, True, MISSING)),
     *(("etude.json", "position.batches_done", value) for value in (-1, 2**70, "1", [], MISSING)),

@@ -82,11 +82,13 @@ class StepBatches:
         self.current_size = accumulation
         self._next_step: list[MicroBatch] = []
         self._state_before: dict[str, Any] | None = None
+        """Of the stream before the next step was read from it, from then on until that step is handed out."""
 
     def open_epoch(self, epoch: int, batches_done: int = 0, stream_state: dict[str, Any] | None = None) -> None:
         self._next_step = []
         self.stream.open(epoch, batches_done, stream_state)
         self.position = Position(epoch, batches_done)
+        self._state_before = None
 
     def advance(self) -> bool:
         """Load the micro-batches of the next step; False at the end of the epoch."""
@@ -126,6 +128,7 @@ class StepBatches:
     def of_next_step(self) -> tuple[list[MicroBatch], int | None]:
         """The micro-batches of the loaded step and the number of items in all of them together."""
         batches, self._next_step = self._next_step, []
+        self._state_before = None
         self.position.batches_done += len(batches)
         self.current_size = len(batches)
         self.on_batches(batches)
@@ -133,7 +136,7 @@ class StepBatches:
 
     def saved_position(self) -> Position:
         """The position after the last step handed out, with the state a streamed dataset needs to return to it."""
-        state = self._state_before if self._next_step else self.stream.state()
+        state = self._state_before if self._state_before is not None else self.stream.state()
         return Position(self.position.epoch, self.position.batches_done, state)
 
     def rows_of(self, micro_batch: MicroBatch) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from etude.data.loader import has_length
+from etude.data.loader import has_length, load_row
 from etude.data.randomness import undisturbed_generators
 
 SAMPLED_ROWS = 16
@@ -33,7 +33,7 @@ def data_fingerprint(dataset: Any) -> dict[str, Any]:
 def _digest(dataset: Any, numbers: list[int]) -> str:
     digest = hashlib.sha256()
     for number in numbers:
-        _feed(digest, dataset[number])
+        _feed(digest, load_row(dataset, number))
     return digest.hexdigest()
 
 

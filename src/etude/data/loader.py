@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,8 +11,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from etude.data.order import EpochBatches, NumberedBatch
-from etude.data.randomness import RandomState, derive_seed, seed_generators, undisturbed_generators
+from etude.data.randomness import derive_seed, seed_generators, undisturbed_generators
+from etude.data.workers import is_dead_worker, worker_watch
 from etude.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+"""How often in a row dead workers are started again for the same micro-batch."""
 
 Collator = Callable[[list[Any]], Any]
 
@@ -28,6 +36,15 @@ def has_length(dataset: Any) -> bool:
 def is_streamed(dataset: Any) -> bool:
     """Whether rows come by iteration only (a torch or `datasets` iterable dataset, or a plain iterable)."""
     return isinstance(dataset, IterableDataset) or not (has_length(dataset) and hasattr(dataset, "__getitem__"))
+
+
+def load_row(dataset: Any, row: int) -> Any:
+    """A row of a map-style dataset; an exception within it gets a note that names the row."""
+    try:
+        return dataset[row]
+    except Exception as error:
+        error.add_note(f"while loading row {row} of the {type(dataset).__name__} dataset")
+        raise
 
 
 class SeededRows(Dataset[Any]):
@@ -63,14 +80,7 @@ class SeededRows(Dataset[Any]):
             seed_generators(derive_seed(self.seed, "data", rows.epoch, rows.number))
         if hasattr(self.dataset, "__getitems__"):
             return list(self.dataset.__getitems__(list(rows)))
-        return [self._row(row) for row in rows]
-
-    def _row(self, row: int) -> Any:
-        try:
-            return self.dataset[row]
-        except Exception as error:
-            error.add_note(f"while loading row {row} of the {type(self.dataset).__name__} dataset")
-            raise
+        return [load_row(self.dataset, row) for row in rows]
 
 
 def build_loader(
@@ -148,7 +158,9 @@ class TrainingStream:
     """Micro-batches of the training loader, epoch by epoch, with a position that can be saved and returned to.
 
     Map-style data is entered at any micro-batch at no cost. A streamed dataset that can save its state
-    (`state_dict`/`load_state_dict`, as `datasets.IterableDataset` can) is put back to it; any other is read forward.
+    (`state_dict`/`load_state_dict`, as `datasets.IterableDataset` without a shuffle buffer can) is put back to it; any
+    other is read forward.
+    What a dataset or collator draws is a function of the micro-batch's place. Workers that die are started again there.
     """
 
     def __init__(self, loader: Any, seed: int) -> None:
@@ -157,7 +169,7 @@ class TrainingStream:
             loader.batch_sampler if isinstance(getattr(loader, "batch_sampler", None), EpochBatches) else None
         )
         self._iterator: Iterator[Any] | None = None
-        self._randomness: RandomState | None = None
+        self._epoch, self._number = 0, 0  # of the next micro-batch
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -166,38 +178,79 @@ class TrainingStream:
         """Go to micro-batch `first_batch` of `epoch`; `state` is what `state()` returned there."""
         self._set_epoch(epoch)
         dataset = self._stateful_dataset()
+        is_entered_at_once = self.batches is not None or (state is not None and dataset is not None)
+        self._epoch, self._number = epoch, first_batch if is_entered_at_once else 0
         with undisturbed_generators():
             seed_generators(derive_seed(self.seed, "epoch", epoch))
+            self._seed_workers()
             if self.batches is not None:
                 self.batches.start_at(epoch, first_batch)
             elif state is not None and dataset is not None:
                 dataset.load_state_dict(state)
+            self.close()
             self._iterator = iter(self.loader)
-            self._randomness = RandomState()
-        if self.batches is None and not (state is not None and dataset is not None):
-            for skipped in range(first_batch):
-                if self.next() is None:
-                    raise DataError(f"the training data ended after {skipped} of {first_batch} micro-batches to skip")
+        worker_watch.install()
+        while self._number < first_batch:
+            if self.next() is None:
+                raise DataError(f"the training data ended after {self._number} of {first_batch} micro-batches to skip")
 
     def next(self) -> Any | None:
-        """The next micro-batch of the epoch, or None at its end."""
-        assert self._iterator is not None and self._randomness is not None, "open() comes first"
-        outside = RandomState()
-        self._randomness.restore()
-        try:
-            return next(self._iterator, None)
-        finally:
-            self._randomness = RandomState()
-            outside.restore()
+        """The next micro-batch of the epoch, or None at its end.
+
+        Raises:
+            RuntimeError: workers died again and again.
+        """
+        for restarts in range(MAX_RESTARTS + 1):
+            try:
+                batch = self._read()
+            except RuntimeError as error:
+                if not is_dead_worker(error) or self._has_persistent_workers():
+                    raise
+                if restarts == MAX_RESTARTS:
+                    error.add_note(
+                        f"They were started again {MAX_RESTARTS} times for micro-batch {self._number} of epoch "
+                        f"{self._epoch}. Is there too little memory? Try a smaller dataloader_num_workers, or 0"
+                    )
+                    raise
+                logger.warning("%s; the workers are started again at micro-batch %d", error, self._number)
+                self.open(self._epoch, self._number)
+            else:
+                self._number += batch is not None
+                return batch
+        raise AssertionError("unreachable")
 
     def close(self) -> None:
-        """Let worker processes go, instead of when this object happens to be collected."""
+        """End the workers, unless they are to persist.
+
+        Left to the garbage collector, which may close their queues first, they are waited for in vain for seconds.
+        """
+        end_workers = getattr(self._iterator, "_shutdown_workers", None)
+        if end_workers is not None and not self._has_persistent_workers():
+            end_workers()
         self._iterator = None
+
+    def _has_persistent_workers(self) -> bool:
+        return bool(getattr(self.loader, "persistent_workers", False))
+
+    def _read(self) -> Any | None:
+        assert self._iterator is not None, "open() comes first"
+        with undisturbed_generators(), worker_watch.waiting_for_data():
+            seed_generators(derive_seed(self.seed, "batch", self._epoch, self._number))
+            return next(self._iterator, None)
 
     def state(self) -> dict[str, Any] | None:
         """What a streamed dataset needs to go on from here; None where the position alone is enough."""
         dataset = self._stateful_dataset()
-        return None if dataset is None else dataset.state_dict()
+        return None if dataset is None else copy.deepcopy(dataset.state_dict())
+
+    def _seed_workers(self) -> None:
+        """What workers draw is a function of the epoch, not of how many epochs this process has seen."""
+        generator = getattr(self.loader, "generator", None)
+        is_only_for_workers = self.batches is not None or isinstance(
+            getattr(self.loader, "dataset", None), IterableDataset
+        )
+        if generator is not None and is_only_for_workers:
+            generator.manual_seed(derive_seed(self.seed, "workers", self._epoch))
 
     def rows_of(self, epoch: int, number: int) -> list[int]:
         return self.batches.rows_of(epoch, number) if self.batches is not None else []

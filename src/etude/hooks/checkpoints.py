@@ -122,8 +122,10 @@ class CheckpointHooks(Composition):
         for callback in self.callback_handler.callbacks:
             states = saved.get(type(callback).__name__, [])
             if states and callable(getattr(callback, "state", None)):
-                for name, value in states.pop(0)["attributes"].items():
-                    setattr(callback, name, value)
+                saved_attributes = states.pop(0)["attributes"]
+                for name in callback.state()["attributes"]:  # no others, whatever the file says
+                    if name in saved_attributes:
+                        setattr(callback, name, saved_attributes[name])
 
     def _stateful_callbacks(self) -> list[Any]:
         candidates = [*self.callback_handler.callbacks, self.control]

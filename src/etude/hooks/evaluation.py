@@ -106,7 +106,7 @@ class EvaluationHooks(Composition):
                 on_batch=on_batch,
             )
 
-        if self.is_in_train and self._run is not None:
+        if self.is_in_train and self._run is not None and self._run.events.evaluation_can_be_repeated():
             with self._run.interrupts.stopping_at_once():
                 output = run_loop()
         else:

@@ -225,6 +225,10 @@ def _require_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, to
                 "new run",
                 path=file,
             )
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise CheckpointError(f"{name} has the type {tensor.dtype}, the model's {expected[name].dtype}", path=file)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} holds NaN or infinity; take an older checkpoint", path=file)
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:

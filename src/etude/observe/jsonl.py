@@ -7,6 +7,7 @@ has each step once, whatever happened: a resumed run first drops the rows that c
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from etude.observe.throughput import ThroughputCallback
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 
@@ -28,24 +31,43 @@ class JsonlCallback:
 
     def __init__(self, path: str | Path | None = None, throughput: ThroughputCallback | None = None) -> None:
         self.path = Path(path) if path is not None else None
+        self.has_failed = False
         self.throughput = throughput
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            rewind(self._place(args), state.global_step)
+            known = sum(entry.get("step") == state.global_step for entry in state.log_history)
+            rewind(self._place(args), state.global_step, known)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
         path = self._place(args)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Opened anew for each row: a killed run leaves nothing in a buffer, and an evaluation without training no open file.
-        with path.open("a", encoding="utf-8") as file:
-            extra = self.throughput.figures if self.throughput is not None else {}
-            file.write(row({**extra, **logs}, state.global_step) + "\n")
+        extra = self.throughput.figures if self.throughput is not None else {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            append(path, row({**extra, **logs}, state.global_step) + "\n")
+        except OSError as error:  # a full disk must not cost the run
+            if not self.has_failed:
+                logger.warning("%s: a row could not be written, training goes on without it: %s", path, error)
+            self.has_failed = True
 
     def _place(self, args: Any) -> Path:
         return self.path or Path(args.output_dir) / FILE_NAME
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line, or nothing: what a full disk has taken of it is cut off again."""
+    # Opened anew for each row: a killed run leaves nothing in a buffer, and an evaluation without training no open file.
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            remaining = memoryview(line.encode())
+            while remaining:
+                remaining = remaining[file.write(remaining) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def row(logs: Mapping[str, Any], step: int) -> str:
@@ -54,16 +76,17 @@ def row(logs: Mapping[str, Any], step: int) -> str:
     return json.dumps({"step": step, **values}, allow_nan=False, default=str)
 
 
-def rewind(path: Path, step: int) -> None:
-    """Make the file end at `step`.
+def rewind(path: Path, step: int, num_rows: int | None = None) -> None:
+    """Make the file end with the first `num_rows` rows of `step`, or with all of them.
 
-    Rows after it are dropped, and so is a line that a killed run has not finished. Where a new run (`step` 0) finds the
+    Rows after them are dropped, and so is a line that a killed run has not finished. Where a new run (`step` 0) finds the
     rows of an earlier one, that file is kept under the next free name, `metrics.1.jsonl`.
     """
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if _step_of(line) <= step]
+    kept = [line for line in lines if _step_of(line) < step]
+    kept += [line for line in lines if _step_of(line) == step][:num_rows]
     if len(kept) == len(lines):
         return
     if step == 0:
