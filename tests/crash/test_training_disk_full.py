@@ -52,7 +52,9 @@ def fails_once_at(train_in_child: Train, fast_dir: Path, whole: Ended, name: str
             problems.append(f"ended with exit code {ended.exit_code}: {ended.said[-1500:]}")
         if steps_in(out) not in ([2, 4, 6, 8, 9], [2, 6, 8, 9]):
             problems.append(f"has the checkpoints {steps_in(out)}")
-        if (4 in steps_in(out)) == ("checkpoint not written" in ended.said):
+        said_so, is_there = "checkpoint not written" in ended.said, 4 in steps_in(out)
+        # After the rename it is there, but not yet known to be durable.
+        if said_so == is_there and not (is_there and at > calls.index("rename")):
             problems.append("what was said does not match what was saved")
         wrong += [f"{name} at call {at} ({calls[at]}): {problem}" for problem in problems]
         shutil.rmtree(fast_dir / "trial")

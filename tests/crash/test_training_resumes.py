@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from training import metrics_of, result_of, tiny_model, unsound
+from training import metrics_of, result_of, steps_in, tiny_model, unsound
+from transformers import set_seed
 
 from etude import EarlyStoppingCallback, TrainerCallback
 from etude.errors import Interrupted
@@ -91,7 +93,7 @@ STREAMS = {"stream", "returning stream", "shuffled stream"}
 def drawn(draw: random.Random) -> tuple[Settings, Settings]:
     """(`TrainingArguments`, the rest: dataset, collator, callbacks)."""
     data = draw.choice(sorted(DATASETS))
-    rest: Settings = {"data": data, "noisy": draw.random() < 0.5, "patience": None}
+    rest: Settings = {"data": data, "noisy": draw.random() < 0.5, "patience": None, "shaky": draw.random() < 0.5}
     settings: Settings = {
         "per_device_train_batch_size": draw.choice([1, 2, 3]),
         "gradient_accumulation_steps": draw.choice([1, 2, 3]),
@@ -150,8 +152,19 @@ class CrashError(Exception):
     pass
 
 
+class Shaky(TrainerCallback):
+    """A user's own use of the global generators: each gradient is shaken a little."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in kwargs["model"].parameters():
+            if parameter.grad is not None:
+                parameter.grad *= 1 + 0.1 * (random.random() + np.random.random() + float(torch.rand(())))
+
+
 def make(folder: Path, settings: Settings, rest: Settings, cut: Cut) -> Any:
     callbacks: list[Any] = [cut]
+    if rest["shaky"]:
+        callbacks.append(Shaky())
     if rest["patience"] is not None:
         callbacks.append(EarlyStoppingCallback(rest["patience"], 0.05))
     return short_trainer(
@@ -168,9 +181,9 @@ def make(folder: Path, settings: Settings, rest: Settings, cut: Cut) -> Any:
 
 
 def outcome(folder: Path, settings: Settings, rest: Settings, cut: Cut, resume: str | None) -> dict[str, Any] | None:
-    """The result of a run, None where it was cut off; everything outside of it that could disturb it is different."""
-    torch.manual_seed(random.randrange(2**31))
+    """The result of a run, None where it was cut off. Where it is resumed, the generators have gone astray before."""
     trainer = make(folder, settings, rest, cut)
+    set_seed(random.randrange(2**31) if steps_in(folder) else 1)
     try:
         output = trainer.train(resume_from_checkpoint=resume)
     except (CrashError, Interrupted):

@@ -118,6 +118,18 @@ def test_stops_in_a_row(train_in_child: Train, fast_dir: Path, whole: Ended) -> 
     assert train_in_child(folder, resume=True, **settings).result == undisturbed.result
 
 
+def test_a_stop_and_a_kill_after_an_epoch(train_in_child: Train, fast_dir: Path) -> None:
+    """The evaluation that ends the epoch is cut short, repeated by the next run, and saved; then that run is killed."""
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
+    undisturbed = train_in_child(fast_dir / "whole", **settings)
+    folder = fast_dir / "stopped"
+    stop = {"at": "on_prediction_step", "nth": 2, "signal": TERM}
+    assert train_in_child(folder, signals=[stop], **settings).exit_code == 128 + TERM
+    kill = {"at": "on_save", "nth": 1, "signal": signal.SIGKILL}
+    assert train_in_child(folder, resume=True, signals=[kill], **settings).exit_code == 128 + signal.SIGKILL
+    assert train_in_child(folder, resume=True, **settings).result == undisturbed.result
+
+
 @pytest.mark.parametrize("nth", range(1, 7))
 def test_a_stop_within_several_evaluations(train_in_child: Train, fast_dir: Path, nth: int) -> None:
     """Two sets of three batches each: what was reported is not reported again, what was not is made up for."""
@@ -143,7 +155,7 @@ def test_a_stop_within_an_evaluation_of_the_users(train_in_child: Train, fast_di
 @pytest.mark.parametrize("resumes", [False, True])
 def test_the_metrics_file_has_every_log_once(train_in_child: Train, fast_dir: Path, resumes: bool) -> None:
     settings = {"eval_strategy": "epoch"}
-    stop = [{"at": "on_log", "nth": 7, "signal": signal.SIGKILL}]  # the evaluation after the epoch of checkpoint-6
+    stop = [{"at": "on_evaluate", "nth": 1, "signal": signal.SIGKILL}]  # after the epoch that checkpoint-6 lies before
     ended = train_in_child(fast_dir, signals=stop if resumes else [], **settings)
     if resumes:
         assert steps_in(fast_dir / "out")[-1] == 6

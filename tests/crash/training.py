@@ -278,6 +278,9 @@ def serve() -> None:
             printed = os.open(order["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(printed, 1)
             os.dup2(printed, 2)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
             signal.alarm(LONGEST_SECONDS)
             train_and_leave(order)
         _, status, used = os.wait4(child, 0)

@@ -212,11 +212,12 @@ HUGE = {
 @pytest.mark.parametrize("attack", HUGE)
 def test_hostile_tensor_files(checkpoint: Path, attack: str) -> None:
     names = [name for name in READ if name.endswith(".safetensors")]
+    is_refused_unread = attack in ("a header of 2^63 bytes", "a header of 17 MB", "100,001 tensors")
     for name in names[:1] if len(HUGE[attack]) > 1_000_000 else names:
         sound = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(HUGE[attack])
         sign(checkpoint)
-        refused(name, ".")
+        refused(name, "at most .* are read" if is_refused_unread else ".")
         (checkpoint / name).write_bytes(sound)
 
 

@@ -439,15 +439,18 @@ def test_what_a_model_wrote_cannot_move_the_cursor() -> None:
 
 
 def test_the_command_trains_saves_and_says_how_to_use_the_adapter(
-    tiny_base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft import AutoPeftModelForCausalLM
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # what the user chose stays; and nothing is left in this process
 
     demo(output=tmp_path / "adapter", steps=2, seed=0, cache_dir=None)
     said = capsys.readouterr().out
     assert "0.0% before, 0.0% after" in said
     assert str(tmp_path / "adapter") in said
     assert f"etude train --model {tiny_base_model}" in said
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     trained = [value for name, value in model.state_dict().items() if "lora_B" in name]
     assert any(bool(value.any()) for value in trained)

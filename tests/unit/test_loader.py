@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from etude.data.batching import StepBatches
 from etude.data.loader import TrainingStream, build_loader
 from etude.data.order import EpochBatches, EpochSampler
+from etude.interrupts import StopNow
 from short_run import logged, short_trainer
 from tiny import ListDataset, StreamDataset, adapter_of, language_rows, same_bits, tiny_llama, with_lora
 
@@ -38,6 +40,24 @@ class NumberStream(torch.utils.data.IterableDataset[Any]):
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for number in range(first, NUM_ROWS, step):
             yield number, random.random() + float(torch.rand(()))
+
+
+class ReturningStream(NumberStream):
+    """Can be put back to where it was; every later pass begins at the first row."""
+
+    first, row = 0, 0
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        self.row, self.first = self.first, 0
+        while self.row < NUM_ROWS:
+            self.row += 1
+            yield self.row - 1, random.random() + float(torch.rand(()))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"row": self.row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.first = state["row"]
 
 
 def stream(dataset: Any = None, *, strategy: str = "random", **options: Any) -> TrainingStream:
@@ -79,6 +99,42 @@ def test_any_place_is_entered_alike(kind: Any, workers: int) -> None:
         random.seed(first)
         torch.manual_seed(first)
         assert epoch_of(stream(kind(), num_workers=workers), epoch, first) == epochs[epoch][first:]
+
+
+def test_a_stream_is_put_back_to_its_state() -> None:
+    whole = stream(ReturningStream())
+    batches, states = [], []
+    whole.open(1)
+    while (batch := whole.next()) is not None:
+        batches.append(batch)
+        states.append(whole.state())
+    for first in (1, 4, len(batches)):
+        data = stream(ReturningStream())
+        data.open(1, first, states[first - 1])
+        assert [data.next() for _ in range(len(batches) - first + 1)] == [*batches[first:], None]
+
+
+class StopsReading(ReturningStream):
+    """A stop request comes while row 10 is waited for."""
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        for number, drawn in super().__iter__():
+            if number == 10:
+                raise StopNow
+            yield number, drawn
+
+
+def test_a_step_that_was_not_read_to_its_end_is_read_again() -> None:
+    """Three batches of three rows a step: of the second step, one batch and a row had been read."""
+    data = StepBatches(stream(StopsReading()), accumulation=3, shifts_labels=False)
+    data.open_epoch(0)
+    assert data.advance()
+    data.of_next_step()
+    at_the_end_of_the_step = data.saved_position()
+    assert at_the_end_of_the_step.stream_state == {"row": 9} and at_the_end_of_the_step.batches_done == 3
+    with pytest.raises(StopNow):
+        data.advance()
+    assert data.saved_position() == at_the_end_of_the_step
 
 
 def test_what_the_program_draws_is_not_disturbed() -> None:

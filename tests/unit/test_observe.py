@@ -48,7 +48,7 @@ class Terminal(io.StringIO):
 def play(callback: Any, args: Any, first_step: int, last_step: int, *, finish: bool = True) -> None:
     """The events of a run from `first_step` (done already) to `last_step`, with a log at each step."""
     events, control = CallbackHandler([callback], None, None, None, None), TrainerControl()
-    events.on_train_begin(args, at(first_step), control)
+    events.on_train_begin(args, at(first_step, log_history=[{"step": first_step}] if first_step else []), control)
     for step in range(first_step + 1, last_step + 1):
         events.on_step_end(args, at(step), control)
         events.on_log(args, at(step), control, logs={**LOGS, "loss": 1 / step})

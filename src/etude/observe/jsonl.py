@@ -37,7 +37,7 @@ class JsonlCallback:
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             known = sum(entry.get("step") == state.global_step for entry in state.log_history)
-            rewind(self._place(args), state.global_step, known if state.log_history else None)
+            rewind(self._place(args), state.global_step, known if state.global_step > 0 else None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
