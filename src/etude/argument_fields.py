@@ -360,7 +360,7 @@ class ArgumentFields:
         default=None, metadata=_help("Folder of TensorBoard's files; 'runs' in output_dir if not given.")
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata=_help("Start anew in an output_dir that already holds a run.")
+        default=False, metadata=_help("No effect: checkpoints of an earlier run are moved aside, never overwritten.")
     )
 
     # Etude's own

@@ -106,7 +106,7 @@ _MAPPED = _words(
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
     remove_unused_columns label_names train_sampling_strategy length_column_name
     torch_compile skip_memory_metrics do_train do_eval do_predict
-    warmup_ratio logging_dir overwrite_output_dir
+    warmup_ratio logging_dir
     on_nonfinite deterministic hf_checkpoint_files cuda_graphs tokens_per_micro_batch fast_path
     """
 )
@@ -127,7 +127,15 @@ FIELDS: Final[dict[str, ArgumentName]] = {
         _accepted("liger_kernel_config", "etude's own loss head and kernels are used where a probe shows them equal"),
         _accepted("average_tokens_across_devices", "the loss is always divided by the token count of all processes"),
         _accepted("eval_use_gather_object", "evaluation results of any type are gathered without being told"),
-        _accepted("enable_jit_checkpoint", "SIGTERM and SIGINT always save a checkpoint before the run ends"),
+        _accepted(
+            "overwrite_output_dir",
+            "checkpoints of an earlier run are always moved aside, never overwritten",
+            default=False,
+            quiet=True,
+        ),
+        _accepted(
+            "enable_jit_checkpoint", "SIGTERM, SIGINT, SIGHUP and SIGUSR1 always save a checkpoint before the run ends"
+        ),
         _accepted("accelerator_config", "etude cuts and deals the batches itself and duplicates no sample to even out"),
         _accepted("ddp_find_unused_parameters", _ONE_REDUCTION),
         _accepted("ddp_bucket_cap_mb", _ONE_REDUCTION),

@@ -8,25 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
+from etude.cli.options import BaseModel, RunFolder, Template, TrustRemoteCode
 from etude.errors import ConfigError, DataError
 
 Say = Callable[[str], None]
 
 
 def chat(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, a checkpoint or an adapter.")],
+    run: RunFolder,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this once and exit.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the base model, then the adapter.")] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(metavar="X", help="0: always the likeliest token.")] = 0.0,
-    template: Annotated[
-        str | None, typer.Option(metavar="T", help="A Jinja file, own, plain or raw.", show_default="as in training")
-    ] = None,
-    model: Annotated[str | None, typer.Option(metavar="M", help="Base model, where it has moved.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Execute code that comes with the model.")
-    ] = False,
+    template: Template = None,
+    model: BaseModel = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a trained adapter. Answers appear as they are written.
 

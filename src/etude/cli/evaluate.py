@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from etude.cli.options import BaseModel, RunFolder, Template, TrustRemoteCode
 from etude.errors import ConfigError, DataError, nearest, require
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ EXTRA = "pip install 'etude[eval]'"
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, a checkpoint or an adapter.")],
+    run: RunFolder,
     data: Annotated[str, typer.Option("--data", metavar="D", help="File or folder of rows.")],
     metrics: Annotated[str, typer.Option(metavar="LIST", help="Of loss, exact, rouge, bleu.")] = "loss,exact",
     limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N rows.")] = None,
@@ -30,13 +31,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(metavar="N", help="Rows side by side.")] = 16,
     base: Annotated[bool, typer.Option("--base", help="Measure the base model as well.")] = False,
     output: Annotated[str | None, typer.Option(metavar="FILE", help="Also write the numbers as JSON.")] = None,
-    template: Annotated[
-        str | None, typer.Option(metavar="T", help="A Jinja file, own, plain or raw.", show_default="as in training")
-    ] = None,
-    model: Annotated[str | None, typer.Option(metavar="M", help="Base model, where it has moved.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Execute code that comes with the model.")
-    ] = False,
+    template: Template = None,
+    model: BaseModel = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure an adapter on held-out rows.
 

@@ -11,26 +11,23 @@ from typing import Annotated, Any
 
 import typer
 
+from etude.cli.options import BaseModel, RunFolder, Template, TrustRemoteCode
 from etude.errors import ConfigError, DataError
 
 BATCH_SIZE = 32
 
 
 def generate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, a checkpoint or an adapter.")],
+    run: RunFolder,
     prompts: Annotated[
         str, typer.Option(metavar="FILE", help="JSON lines with prompt or messages, or plain lines.")
     ] = "-",
     output: Annotated[str, typer.Option(metavar="FILE", help="Answers as JSON lines.")] = "-",
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer in tokens.")] = 256,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts side by side.")] = BATCH_SIZE,
-    template: Annotated[
-        str | None, typer.Option(metavar="T", help="A Jinja file, own, plain or raw.", show_default="as in training")
-    ] = None,
-    model: Annotated[str | None, typer.Option(metavar="M", help="Base model, where it has moved.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Execute code that comes with the model.")
-    ] = False,
+    template: Template = None,
+    model: BaseModel = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer every prompt of a file, greedily.
 

@@ -1,7 +1,7 @@
 """The command `etude`: its verbs, and how an error ends it.
 
-Exit codes: 0 done; 1 the run failed; 2 a setting or the command line is wrong; 130 and 143 stopped by a signal, after
-its checkpoint was written.
+Exit codes: 0 done; 1 the run failed; 2 a setting or the command line is wrong; 128 + its
+number (129, 130, 138, 143) stopped by a signal, after its checkpoint was written.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from etude.cli.options import BaseModel, TrustRemoteCode
 from etude.errors import ConfigError, ModelError
 
 PROMPTS = (
@@ -25,10 +26,8 @@ def merge(
         str | None,
         typer.Option(metavar="T", help="bfloat16, float16 or float32.", show_default="as the base is stored"),
     ] = None,
-    model: Annotated[str | None, typer.Option(metavar="M", help="Base model, where it has moved.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Execute code that comes with the model.")
-    ] = False,
+    model: BaseModel = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Fold an adapter into its base model.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -144,8 +145,16 @@ def is_overridden(trainer: Composition, name: str) -> bool:
 
 def accepts(method: Callable[..., Any], name: str) -> bool:
     """Whether `method` can be called with the keyword `name`."""
-    parameters = inspect.signature(method).parameters
-    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    names, takes_any = _keywords_of(getattr(method, "__func__", method))
+    return takes_any or name in names
+
+
+@functools.lru_cache(maxsize=256)
+def _keywords_of(function: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    """The parameter names of a function, and whether it takes any other; asked several times a step, found out once."""
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return frozenset(parameters), takes_any
 
 
 def as_tuple(inputs: Any) -> tuple[Any, ...]:
