@@ -9,9 +9,11 @@ share of the ceiling is of the bf16 matrix products a step cannot do without, at
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
 import json
 import platform
+import pstats
 import statistics
 import time
 from datetime import date
@@ -42,12 +44,13 @@ PEER_WARMUP, PEER_STEPS = 4, 8
 class Clock:
     """A callback that times the steps after the warm-up, on a synchronised device."""
 
-    def __init__(self, warmup: int) -> None:
+    def __init__(self, warmup: int, steps: int) -> None:
+        self.last = warmup + steps
         self.warmup, self.started, self.stopped, self.first_step = warmup, 0.0, 0.0, 0.0
         self.built = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in (1, self.warmup, state.max_steps):
+        if state.global_step in (1, self.warmup, self.last):
             torch.cuda.synchronize()
             now = time.perf_counter()
             if state.global_step == 1:
@@ -55,6 +58,40 @@ class Clock:
             if state.global_step == self.warmup:
                 self.started = now
             self.stopped = now
+
+
+class Profile:
+    """A callback that profiles the steps after the timed ones and prints where the GPU's and Python's time goes."""
+
+    def __init__(self, first_step: int, name: str) -> None:
+        self.first_step, self.name = first_step, name
+        self.python = cProfile.Profile()
+        self.profiler = torch.profiler.profile(activities=list(torch.profiler.supported_activities()))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.first_step:
+            torch.cuda.synchronize()
+            self.profiler.start()
+            self.python.enable()
+            self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            torch.cuda.synchronize()
+            seconds, steps = time.perf_counter() - self.started, state.max_steps - self.first_step
+            self.python.disable()
+            self.profiler.stop()
+            kernels = [e for e in self.profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+            total = sum(e.self_device_time_total for e in kernels)
+            print(
+                f"-- {self.name}: {1000 * seconds / steps:.2f} ms a step, GPU busy {total / 1000 / steps:.2f} ms, {sum(e.count for e in kernels) // steps} kernels"
+            )
+            for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:PROFILE_LINES]:
+                print(f"   {e.self_device_time_total / 1000 / steps:8.3f} ms {e.count // steps:5} x {e.key[:110]}")
+            pstats.Stats(self.python).sort_stats("tottime").print_stats(PROFILE_LINES)
+
+
+PROFILE_STEPS, PROFILE_LINES = 3, 28
 
 
 def build_model(work: Work, r: int, liger: bool = False) -> Any:
@@ -82,7 +119,7 @@ def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -
     settings: dict[str, Any] = {
         "output_dir": "/tmp/etude-benchmark",
         "per_device_train_batch_size": work.samples,
-        "max_steps": warmup + steps,
+        "max_steps": warmup + steps + (PROFILE_STEPS if args.profile else 0),
         "learning_rate": 1e-4,
         "bf16": True,
         "logging_steps": warmup + steps,
@@ -93,7 +130,9 @@ def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -
         "gradient_checkpointing": name.endswith("-gc"),
     }
     clock_type = type("ClockCallback", (Clock, TrainerCallback), {})
-    clock = clock_type(warmup)
+    callbacks = [clock := clock_type(warmup, steps)]
+    if args.profile:
+        callbacks.append(type("ProfileCallback", (Profile, TrainerCallback), {})(warmup + steps, name))
     if name.startswith("etude"):
         from etude import Trainer, TrainingArguments
 
@@ -106,7 +145,7 @@ def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -
     else:
         from transformers import Trainer, TrainingArguments
     trainer = Trainer(
-        model=model, args=TrainingArguments(**settings), train_dataset=rows, data_collator=collate, callbacks=[clock]
+        model=model, args=TrainingArguments(**settings), train_dataset=rows, data_collator=collate, callbacks=callbacks
     )
     output = trainer.train()
     tokens = sum(len(row["input_ids"]) for row in rows[work.samples * warmup : work.samples * (warmup + steps)])
@@ -154,6 +193,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print where the GPU's time goes, in steps of their own")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     rate = gemm_rate()
@@ -169,7 +209,9 @@ def main() -> None:
     lines = []
     for name in args.work:
         work = WORKS[name]
-        rows = rows_of(work, max(args.warmup + args.steps, PEER_WARMUP + PEER_STEPS), work.config().vocab_size)
+        rows = rows_of(
+            work, max(args.warmup + args.steps, PEER_WARMUP + PEER_STEPS) + PROFILE_STEPS, work.config().vocab_size
+        )
         runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in args.contender}
         for _ in range(args.rounds):
             for contender in args.contender:

@@ -200,8 +200,10 @@ class Run:
         self.batches.cut = self.trainer.cutter.cut
         self.compile_switch = self.trainer.build_compile_switch(self.plan.max_steps)
         self.trainer.graphs = self.trainer.build_graphs()
-        if self.trainer.graphs is not None:
+        is_plain = self.trainer.args.device.type == "cuda" and not self.scaler.tolerates_overflow
+        if self.trainer.path.name == "packed" and is_plain:
             self.gradient.keep_in_place()
+            self.trainer.path.plan.accumulate_in_place()
 
     def forward_backward(self, micro_batch: MicroBatch, num_items: int | None) -> torch.Tensor:
         """Forward and backward of one micro-batch, its randomness a function of its place."""
@@ -245,6 +247,7 @@ class Run:
         self.trainer.notices.say_once(f"{where}: every label is masked, so this step changes nothing")
 
     def finish(self) -> TrainOutput:
+        self.gradient.settle()
         return self.trainer.finish_training(self)
 
 
@@ -329,7 +332,10 @@ class Events:
         self._log_save_evaluate(self.grad_norm)
 
     def _log_save_evaluate(self, norm: Any) -> None:
-        trainer = self.trainer
+        trainer, control = self.trainer, self.trainer.control
+        is_asked = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        if is_asked or self.run.interrupts.requested is not None:
+            self.run.gradient.settle()  # nothing of a step that went wrong is logged or saved
         self._act(
             lambda: trainer.call_hook(
                 trainer._maybe_log_save_evaluate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -26,6 +27,13 @@ LOOPS = {"loop.py": SHARED | {"callbacks"}, "evaluation.py": SHARED | {"callback
 EXCEPTIONS: set[tuple[str, str]] = {
     ("model/packing.py", "kernels"),  # a packed forward swaps the attention, which only the plan of kernels may do
     ("model/paths.py", "kernels"),  # and which path is taken depends on whether that plan fits
+}
+
+# (file, package): files that are themselves imported only where the package is there.
+OPTIONAL_FILES: set[tuple[str, str]] = {
+    ("kernels/fused.py", "triton"),  # torch for CUDA comes with it, and nothing else imports the file
+    ("kernels/fused_cross_entropy.py", "triton"),
+    ("kernels/transfer.py", "triton"),
 }
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy"}
@@ -84,9 +92,21 @@ def test_optional_packages_are_imported_where_they_are_used(path: str) -> None:
             names = [node.module or ""]
         for name in names:
             package = name.split(".")[0]
-            assert package in ALWAYS_THERE | {"etude", "__future__"} | sys.stdlib_module_names, (
+            allowed = ALWAYS_THERE | {target for source, target in OPTIONAL_FILES if source == path}
+            assert package in allowed | {"etude", "__future__"} | sys.stdlib_module_names, (
                 f"{path}:{node.lineno} imports {package}; import it in the function that needs it, with errors.require"
             )
+
+
+@pytest.mark.parametrize(("target", "package"), sorted(OPTIONAL_FILES))
+def test_optional_files_are_imported_where_they_are_used(target: str, package: str) -> None:
+    """At the top of no file, so that whoever lacks the package never meets them."""
+    name = target.removesuffix(".py").split("/")[-1]
+    for path, tree in modules().items():
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                statement = re.sub(r"\W", " ", ast.unparse(node)).split()
+                assert name not in statement, f"{path}:{node.lineno} imports {target}, which needs {package}"
 
 
 @pytest.mark.parametrize("path", [path for path in modules() if path.startswith("data/") and "worker" in path])

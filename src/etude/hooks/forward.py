@@ -98,7 +98,8 @@ class ForwardHooks(Composition):
                 self.notices.say(f"no CUDA graphs: {obstacle}")
             return None
         path, model = self.path, self.model_wrapped
-        most_tokens = launch_bound_tokens(sum(parameter.numel() for parameter in self.model.parameters()))
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        most_tokens = launch_bound_tokens(num_parameters, has_blocks=bool(path.plan.blocks))
         self.notices.say(f"CUDA graphs for micro-batches of up to {most_tokens:,} tokens")
         return GraphedLoss(
             lambda batch: path.loss(model, batch, 1), self.compute_loss_context_manager, self.args.device, most_tokens

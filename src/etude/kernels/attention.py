@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from etude.errors import ModelError
 
@@ -39,6 +40,8 @@ class Segments:
     kernel: str = PER_SEQUENCE
     windows_seen: list[int | None] | None = None
     """A list here receives the sliding window of every attention call: what a probe asks for."""
+    equal_length: int | None = None
+    """The length of all samples, where they are to be attended as a batch: its kernel is faster, and made for each shape."""
     block_masks: dict[int | None, Any] = field(default_factory=dict)
     """The block masks of flex attention by window, shared by the layers of one forward."""
 
@@ -97,6 +100,8 @@ def varlen_attention(
 ) -> Tensor:
     """Flash attention over segments of any length. Of `segments` it reads only what is the same from step to step, and a
     tensor: compiled layers are not compiled anew for other lengths."""
+    if segments.equal_length is not None and (window is None or window >= segments.equal_length):
+        return _batched(query, key, value, segments.equal_length, scaling)
     hides_keys = window is not None and window < segments.max_length
     offsets = segments.cu_seqlens
     query_THD, key_TKD, value_TKD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -112,6 +117,18 @@ def varlen_attention(
         window_size=(window - 1, 0) if window is not None and hides_keys else (-1, 0),
     )
     return attended_THD[None]
+
+
+def _batched(query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float | None) -> Tensor:
+    """Samples of one length as a batch, by the fastest kernel that torch has for this GPU."""
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    query, key, value = (x[0].view(x.shape[1], -1, length, x.shape[3]).transpose(0, 1) for x in (query, key, value))
+    has_groups = query.shape[1] != key.shape[1]
+    with sdpa_kernel(backends, set_priority=True):
+        attended_NHLd = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=has_groups
+        )
+    return attended_NHLd.transpose(1, 2).flatten(0, 1)[None]
 
 
 @functools.cache

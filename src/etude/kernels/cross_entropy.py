@@ -10,11 +10,15 @@ bfloat16 takes a shorter way: one softmax written over the logits serves both th
 vocabulary and 256 rows on a CPU: 70 ms instead of 325 ms in float32). A probability near one has no digits left in
 bfloat16, so there the loss is log1p of what the other words got, and the target's gradient is minus their sum: rows of
 the gradient sum to zero as they should, and confident tokens keep theirs.
+
+On a GPU one Triton kernel (`fused_cross_entropy`) does both, in float32 for all of these types.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -139,6 +143,10 @@ def _shape_logits(logits: Tensor, softcap: float | None, scale: float) -> Tensor
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
     """Losses of a chunk, (rows, 1), and the gradient of its raw logits; the memory of `logits` is used up."""
+    if logits.device.type == "cuda" and logits.dtype != torch.float64 and _triton_is_there():
+        from etude.kernels import fused_cross_entropy
+
+        return fused_cross_entropy.loss_and_gradient(logits, targets, softcap, scale), logits
     if scale != 1.0:
         logits.mul_(scale)
     if softcap is None:
@@ -150,6 +158,12 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, softcap: float | None, s
     if scale != 1.0:
         gradient.mul_(scale)
     return losses, gradient
+
+
+@cache
+def _triton_is_there() -> bool:
+    """With torch for CUDA it comes on Linux only."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _softmax_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,17 +5,23 @@ Only attributes of instances are set, and every one of them is put back by `undo
 
 from __future__ import annotations
 
+import math
 import time
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from etude.errors import ModelError
+from etude.kernels.block import Block
+from etude.kernels.layers import TOLERANCES, block_of, compare
 from etude.kernels.lora import lean_forward, obstacle
+from etude.kernels.projection import Copy, refresh
 
 WARMUP_STEPS = 2
 TIMED_STEPS = 3
@@ -29,17 +35,26 @@ class KernelPlan:
 
     lora_layers: list[Any] = field(default_factory=list)
     """peft LoRA layers that get the forward without copies."""
+    blocks: list[Block] = field(default_factory=list)
+    """Decoder layers that are computed by our own forward and backward."""
     decoder_layers: list[nn.Module] = field(default_factory=list)
     """Layers that are compiled, once for all of them."""
+    why_no_block: str | None = None
     obstacles: Counter[str] = field(default_factory=Counter)
     """Why some LoRA layers keep peft's forward."""
     _undo: list[Callable[[], None]] = field(default_factory=list)
+    _copies: list[Copy] = field(default_factory=list)
+    _gather: Any = None
     is_compiled: bool = False
 
     def explain(self) -> list[str]:
         """One line per kind of swap, for the start screen."""
         lines = []
-        if self.lora_layers:
+        if self.blocks:
+            lines.append(f"{len(self.blocks)} decoder layers with their own forward and backward pass")
+        elif self.why_no_block is not None:
+            lines.append(f"decoder layers as the model computes them: {self.why_no_block}")
+        if self.lora_layers and not self.blocks:
             lines.append(f"{len(self.lora_layers)} LoRA layers without float32 copies")
         lines += [f"{count} LoRA layers as peft computes them: {reason}" for reason, count in self.obstacles.items()]
         return lines
@@ -48,6 +63,54 @@ class KernelPlan:
         for layer in self.lora_layers:
             layer.forward = types.MethodType(lean_forward, layer)
             self._undo.append(lambda layer=layer: layer.__dict__.pop("forward", None))  # type: ignore[misc]
+        for block in self.blocks:
+            for projection in block.projections:
+                self._undo.append(projection.remove)
+                projection.install()
+                self._copies += projection.copies()
+            block.layer.forward = block.forward
+            self._undo.append(lambda layer=block.layer: layer.__dict__.pop("forward", None))  # type: ignore[misc]
+
+    def refresh(self) -> None:
+        """Take over the adapters as they are now; called before every forward pass."""
+        if self._gather is not None and self._gather.is_current():
+            self._gather.copy()
+        else:
+            refresh(self._copies)
+
+    def accumulate_in_place(self) -> None:
+        """Have the blocks add to the gradients where they lie (`p.grad` stays there), all adapters in a few launches."""
+        if not self.blocks:
+            return
+        from etude.kernels.transfer import Gather, Piece
+
+        for block in self.blocks:
+            for projection in block.projections:
+                projection.accumulate_in_place()
+        pieces = [Piece(*copy) for copy in self._copies]
+        if len({piece.source.dtype for piece in pieces}) == 1:
+            self._gather = Gather(pieces)
+
+    @contextmanager
+    def verifying(self, dtype: torch.dtype) -> Iterator[None]:
+        """Compare one block of each kind with the layer's own forward and backward, on what it is called with inside.
+
+        Raises:
+            ModelError: they differ.
+        """
+        chosen = {getattr(block.attention, "sliding_window", None): block for block in self.blocks}.values()
+        for block in chosen:
+            block.calls_seen = []
+        try:
+            yield
+            for block in chosen:
+                calls, block.calls_seen = block.calls_seen, None
+                difference = compare(block, calls[0]) if calls else math.inf
+                if not difference <= TOLERANCES[dtype]:  # written so that NaN fails
+                    raise ModelError(f"our layer and the model's own differ by {difference:.1e}")
+        finally:
+            for block in chosen:
+                block.calls_seen = None
 
     def compile(self) -> None:
         """Compile the decoder layers; token counts may differ from call to call without compiling again."""
@@ -68,12 +131,17 @@ class KernelPlan:
         """Put everything back."""
         while self._undo:
             self._undo.pop()()
+        self._copies.clear()
+        self._gather = None
         self.is_compiled = False
 
 
-def plan_kernels(model: nn.Module, decoder: nn.Module | None) -> KernelPlan:
-    """Look at a model and decide what can be swapped; changes nothing. `decoder` has the layers to compile."""
-    plan = KernelPlan()
+def plan_kernels(
+    model: nn.Module, decoder: nn.Module | None, dtype: torch.dtype | None = None, *, why_no_block: str | None = None
+) -> KernelPlan:
+    """Look at a model and decide what can be swapped; changes nothing. `decoder` has the layers, `dtype` is what they
+    compute in, `why_no_block` keeps their own forward."""
+    plan = KernelPlan(why_no_block=why_no_block)
     lora_linear = _lora_linear_class()
     for module in model.modules():
         if lora_linear is not None and type(module) is lora_linear:
@@ -84,8 +152,17 @@ def plan_kernels(model: nn.Module, decoder: nn.Module | None) -> KernelPlan:
                 plan.obstacles[reason] += 1
     layers = getattr(decoder, "layers", None)
     if isinstance(layers, nn.ModuleList):
-        plan.decoder_layers = list(layers)
+        _plan_blocks(plan, layers, dtype)
     return plan
+
+
+def _plan_blocks(plan: KernelPlan, layers: nn.ModuleList, dtype: torch.dtype | None) -> None:
+    blocks = [block_of(layer, dtype) for layer in layers] if dtype is not None and plan.why_no_block is None else []
+    plan.why_no_block = plan.why_no_block or next((block for block in blocks if isinstance(block, str)), None)
+    if blocks and plan.why_no_block is None:
+        plan.blocks = [block for block in blocks if isinstance(block, Block)]
+    else:
+        plan.decoder_layers = list(layers)
 
 
 class CompileSwitch:

@@ -2,11 +2,12 @@
 
 A graph replays the kernels of one shape, so a batch is copied into buffers with a fixed number of slots for tokens,
 samples and labels; what is left over is a sample of its own that has no label. The first batch of a size runs without a
-graph, the second is captured, so that a size seen once costs nothing more.
+graph, the next is captured, so that a size seen once costs nothing more.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from torch import Tensor
 
 from etude.model.packing import PackedBatch
 
-TOKEN_STEP = 256
-"""Token slots come in multiples of this."""
+TOKEN_STEP, TOKEN_STEPS = 256, 16
+"""Token slots come in multiples of 256, and of a sixteenth of the next power of two."""
+
+SAMPLE_STEP, LONGEST_MIN = 4, 2048
+"""Slots for samples come in multiples of this; how long a sample may be, in powers of two from this on."""
 
 LABEL_SHARES = 4
 """Label slots come in quarters of the token slots."""
@@ -33,14 +37,21 @@ class Slots(NamedTuple):
     tokens: int
     samples: int
     labels: int
+    longest: int
+    even_length: int | None
+    """The length of all samples, where they fill all slots: they are attended as a batch."""
 
 
 def slots_of(batch: PackedBatch) -> Slots:
     """The smallest shape a batch fits in."""
-    tokens = _rounded_up(sum(batch.lengths), TOKEN_STEP)
-    samples = max(8, 1 << len(batch.lengths).bit_length())
+    real_tokens, num_samples = sum(batch.lengths), len(batch.lengths)
+    tokens = _rounded_up(real_tokens, max(TOKEN_STEP, (1 << real_tokens.bit_length()) // TOKEN_STEPS))
     share = _rounded_up(tokens, LABEL_SHARES) // LABEL_SHARES
-    return Slots(tokens, samples, _rounded_up(max(1, batch.targets.numel()), share))
+    labels = _rounded_up(max(1, batch.targets.numel()), share)
+    if batch.is_even and real_tokens == tokens:
+        return Slots(tokens, num_samples, labels, batch.lengths[0], batch.lengths[0])
+    longest = max(LONGEST_MIN, 1 << (max(batch.lengths) - 1).bit_length())
+    return Slots(tokens, _rounded_up(num_samples + 1, SAMPLE_STEP), labels, longest, None)
 
 
 def _rounded_up(number: int, multiple: int) -> int:
@@ -54,13 +65,17 @@ def fill_slots(batch: PackedBatch, slots: Slots) -> PackedBatch:
     position_ids = torch.zeros(1, slots.tokens, dtype=torch.int64)
     input_ids[0, :real_tokens] = batch.input_ids[0]
     position_ids[0, :real_tokens] = batch.position_ids[0]
-    cu_seqlens = torch.full((slots.samples + 2,), slots.tokens, dtype=torch.int32)
+    num_offsets = slots.samples + 1
+    cu_seqlens = torch.full((num_offsets,), slots.tokens, dtype=torch.int32)
     cu_seqlens[: batch.cu_seqlens.numel()] = batch.cu_seqlens
     predicting, targets = torch.zeros(2, slots.labels, dtype=torch.int64)
     predicting[:real_labels], targets[:real_labels] = batch.predicting, batch.targets
     weights = torch.zeros(slots.labels)
     weights[:real_labels] = 1.0
-    return PackedBatch(input_ids, position_ids, cu_seqlens, (slots.tokens,), predicting, targets, weights)
+    tensors = (predicting, targets, weights)
+    if slots.even_length is not None:
+        return PackedBatch(input_ids, position_ids, cu_seqlens, batch.lengths, *tensors)
+    return PackedBatch(input_ids, position_ids, cu_seqlens, (slots.tokens,), *tensors, longest=slots.longest)
 
 
 @dataclass
@@ -73,13 +88,14 @@ class _Captured:
 GPU_FLOPS = 6e14
 """What a GPU of this kind reaches; only the order of magnitude matters here."""
 
-LAUNCH_BOUND_SECONDS = 0.2
-"""A forward and backward pass of less GPU time than this may have to wait for Python."""
+LAUNCH_BOUND_SECONDS, LAUNCH_BOUND_SECONDS_OF_BLOCKS = 0.2, 0.1
+"""A forward and backward pass of less GPU time than this may have to wait for Python; layers of our own launch far less."""
 
 
-def launch_bound_tokens(num_parameters: int) -> int:
+def launch_bound_tokens(num_parameters: int, *, has_blocks: bool) -> int:
     """The micro-batch size up to which a graph pays: 4 operations per frozen parameter and token."""
-    return int(LAUNCH_BOUND_SECONDS * GPU_FLOPS / (4 * num_parameters))
+    seconds = LAUNCH_BOUND_SECONDS_OF_BLOCKS if has_blocks else LAUNCH_BOUND_SECONDS
+    return int(seconds * GPU_FLOPS / (4 * num_parameters))
 
 
 def graph_obstacle(path: Any, device: torch.device, *, scales_loss: bool) -> str | None:
@@ -110,7 +126,7 @@ class GraphedLoss:
         self.loss, self.autocast, self.device, self.most_tokens = loss, autocast, device, most_tokens
         self.inverse_items = torch.ones((), device=device)
         self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._seen: set[Slots] = set()
+        self._seen: Counter[Slots] = Counter()
         self._captured: dict[Slots, _Captured] = {}
         self._pool: Any = None
         self.failure: str | None = None
@@ -124,10 +140,12 @@ class GraphedLoss:
             return self._run(batch.to(self.device, non_blocking=True))
         filled = fill_slots(batch, slots)
         captured = self._captured.get(slots)
-        if captured is None and slots in self._seen and len(self._captured) < MOST_GRAPHS:
+        # A batch of even samples first meets the kernel made for it in its second run.
+        is_warm = self._seen[slots] > (slots.even_length is not None)
+        if captured is None and is_warm and len(self._captured) < MOST_GRAPHS:
             captured = self._capture_or_give_up(slots, filled)
         if captured is None:
-            self._seen.add(slots)
+            self._seen[slots] += 1
             return self._run(filled.to(self.device, non_blocking=True))
         _copy_into(captured.inputs, filled)
         captured.graph.replay()

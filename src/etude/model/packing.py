@@ -53,6 +53,8 @@ class PackedBatch:
     """(N): those labels."""
     weights: Tensor | None = None
     """(N) float32: what each label counts; None where each counts 1."""
+    longest: int | None = None
+    """What no sample is longer than, where `lengths` does not say how long they are."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """A copy on `device`; to a GPU through pinned memory, so that the host does not wait for it."""
@@ -64,11 +66,19 @@ class PackedBatch:
         }
         return replace(self, **moved)
 
-    def segments(self, kernel: str = PER_SEQUENCE, *, windows_seen: list[int | None] | None = None) -> Segments:
-        """What the attention function needs to know about this batch."""
+    def segments(
+        self, kernel: str = PER_SEQUENCE, *, batched: bool = False, windows_seen: list[int | None] | None = None
+    ) -> Segments:
+        """What the attention function needs to know about this batch; `batched` where all samples are equally long."""
         # A power of two: what is compiled for it serves other batches too. Kernels take it as an upper bound.
-        longest = 1 << (max(self.lengths, default=1) - 1).bit_length()
-        return Segments(self.cu_seqlens, self.lengths, longest, kernel=kernel, windows_seen=windows_seen)
+        longest = self.longest or 1 << (max(self.lengths, default=1) - 1).bit_length()
+        equal_length = self.lengths[0] if batched else None
+        return Segments(self.cu_seqlens, self.lengths, longest, kernel, windows_seen, equal_length)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all samples are equally long."""
+        return self.longest is None and len(set(self.lengths)) == 1
 
 
 def pack(inputs: dict[str, Tensor]) -> PackedBatch | None:

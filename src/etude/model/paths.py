@@ -8,6 +8,7 @@ there, an exception included, means the general path, with the reason for the st
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from etude.errors import DataError, ModelError
-from etude.kernels.attention import kernels_for
+from etude.kernels.attention import VARLEN, Segments, kernels_for
 from etude.kernels.cross_entropy import linear_cross_entropy, linear_logits
 from etude.kernels.plan import KernelPlan, plan_kernels
 from etude.model.capabilities import (
@@ -33,6 +34,8 @@ from etude.model.packing import IGNORED_LABEL, AttentionSwitch, PackedBatch, pac
 
 CHUNKED, MODEL_LOGITS = "chunked", "logits_to_keep"
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+MOST_EVEN_SHAPES = 8
+"""Shapes of equally long samples for which a kernel is made, at a fifth of a second each."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class PackedPath:
         self.kernel, self.head = kernel, head
         self.plan = plan = KernelPlan() if plan is None else plan
         self.switch = AttentionSwitch(model)
+        self._even_shapes: Counter[tuple[int, ...]] = Counter()
         heads = {
             CHUNKED: "chunked cross entropy on labelled tokens",
             MODEL_LOGITS: "the model's own logits of labelled tokens",
@@ -85,19 +89,54 @@ class PackedPath:
         loss_sum = self._chunked(model, batch) if self.head == CHUNKED else self._model_logits(model, batch)
         return loss_sum / (num_items.to(loss_sum.device) if isinstance(num_items, Tensor) else num_items)
 
+    def verified_logits(self, model: nn.Module, batch: PackedBatch, windows_seen: list[int | None]) -> Tensor:
+        """`logits`, while the layers of our own are compared with the model's.
+
+        Raises:
+            ModelError: they differ.
+        """
+        weight = causal_model(model).get_input_embeddings().weight
+        dtype = (
+            torch.get_autocast_dtype(weight.device.type)
+            if torch.is_autocast_enabled(weight.device.type)
+            else weight.dtype
+        )
+        with self.switch.packed(), self.plan.verifying(dtype):
+            windows: list[int | None] = []
+            logits = self.logits(model, batch, windows_seen=windows)
+            windows_seen += windows  # without those of the comparison, which follows
+            return logits
+
     def logits(self, model: nn.Module, batch: PackedBatch, *, windows_seen: list[int | None] | None = None) -> Tensor:
         """The model's own logits of every packed token: (T, V)."""
-        with self.switch.packed():
-            outputs = packed_forward(model, batch, batch.segments(self.kernel, windows_seen=windows_seen))
+        outputs = self._forward(model, batch, self._segments(batch, windows_seen))
         logits_TV: Tensor = outputs.logits[0]
         return logits_TV
 
     def hidden_states(self, model: nn.Module, batch: PackedBatch) -> Tensor:
         """What the head sees: (T, D)."""
-        with self.switch.packed():
-            outputs = packed_forward(decoder_of(causal_model(model)), batch, batch.segments(self.kernel))
+        outputs = self._forward(decoder_of(causal_model(model)), batch, self._segments(batch))
         hidden_TD: Tensor = outputs[0][0]
         return hidden_TD
+
+    def _segments(self, batch: PackedBatch, windows_seen: list[int | None] | None = None) -> Segments:
+        """Samples of one length are attended as a batch once that shape has come before: its kernel is made only then."""
+        batched = False
+        if (
+            self.kernel == VARLEN
+            and self.plan.blocks
+            and batch.is_even
+            and not torch.are_deterministic_algorithms_enabled()
+        ):
+            self._even_shapes[batch.lengths] += 1
+            repeated = [shape for shape, count in self._even_shapes.items() if count > 1]
+            batched = batch.lengths in repeated[:MOST_EVEN_SHAPES]
+        return batch.segments(self.kernel, batched=batched, windows_seen=windows_seen)
+
+    def _forward(self, module: nn.Module, batch: PackedBatch, segments: Segments, **options: Any) -> Any:
+        self.plan.refresh()
+        with self.switch.packed():
+            return packed_forward(module, batch, segments, **options)
 
     def _chunked(self, model: nn.Module, batch: PackedBatch) -> Tensor:
         hidden_ND = self.hidden_states(model, batch)[batch.predicting]
@@ -114,9 +153,8 @@ class PackedPath:
 
     def _model_logits(self, model: nn.Module, batch: PackedBatch) -> Tensor:
         keeps = "logits_to_keep" in inspect.signature(causal_model(model).forward).parameters
-        with self.switch.packed():
-            options = {"logits_to_keep": batch.predicting} if keeps else {}
-            logits = packed_forward(model, batch, batch.segments(self.kernel), **options).logits[0]
+        options = {"logits_to_keep": batch.predicting} if keeps else {}
+        logits = self._forward(model, batch, self._segments(batch), **options).logits[0]
         logits_NV = logits if keeps else logits[batch.predicting]
         return functional.cross_entropy(logits_NV.float(), batch.targets, reduction="sum")
 
@@ -146,10 +184,16 @@ def choose_path(
     embedding = causal_model(model).get_input_embeddings().weight
     dtype = training_dtype if training_dtype in HALF_PRECISION else embedding.dtype
     for kernel in kernels_for(embedding.device, dtype):
-        try:
-            return probed_path(model, sample_inputs, kernel=kernel, training_dtype=training_dtype)
-        except Exception as error:  # any failure of foreign model code means: train it the way its authors wrote it
-            failures[f"probe of {kernel.replace('_', ' ')} attention: {_first_line(error)}"] = None
+        plan = plan_kernels(model, decoder_of(causal_model(model)), dtype)
+        while True:
+            try:
+                return probed_path(model, sample_inputs, kernel=kernel, training_dtype=training_dtype, plan=plan)
+            except Exception as error:  # any failure of foreign model code means: train it the way its authors wrote it
+                if plan.blocks:
+                    plan = plan_kernels(model, decoder_of(causal_model(model)), dtype, why_no_block=_first_line(error))
+                    continue
+                failures[f"probe of {kernel.replace('_', ' ')} attention: {_first_line(error)}"] = None
+                break
     return GeneralPath(tuple(failures))
 
 
@@ -183,9 +227,10 @@ ROUNDED = Tolerances(logits=5e-2, leak=1e-2, loss=2e-2)
 
 
 def probed_path(
-    model: nn.Module, inputs: dict[str, Tensor], *, kernel: str, training_dtype: torch.dtype | None
+    model: nn.Module, inputs: dict[str, Tensor], *, kernel: str, training_dtype: torch.dtype | None, plan: KernelPlan
 ) -> PackedPath:
-    """The packed path with this attention kernel and the best head, after it has shown that it equals the padded one.
+    """The packed path with this attention kernel, the swaps of `plan` and the best head, after it has shown that it
+    equals the padded one.
 
     Raises:
         ModelError: it does not; the message says where.
@@ -197,7 +242,6 @@ def probed_path(
     weight = causal_model(model).get_input_embeddings().weight
     is_rounded = training_dtype in HALF_PRECISION or weight.dtype in HALF_PRECISION
     tolerances = ROUNDED if is_rounded else EXACT
-    plan = plan_kernels(model, decoder_of(causal_model(model)))
     path = PackedPath(model, kernel=kernel, head=MODEL_LOGITS, plan=plan)
     try:
         with _at_rest(model), torch.no_grad(), _autocast(weight.device, training_dtype):
@@ -206,7 +250,7 @@ def probed_path(
             padded_logits = padded.logits[probe["attention_mask"] != 0]
             plan.apply()
             windows: list[int | None] = []
-            logits = path.logits(model, batch, windows_seen=windows)
+            logits = path.verified_logits(model, batch, windows)
             _require_equal(logits, padded_logits, tolerances.logits, "packed and padded logits differ")
             _require_windows(windows, decoder_of(causal_model(model)).config)
             _require_isolation(path, model, batch, logits, tolerances.leak)

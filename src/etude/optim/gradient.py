@@ -11,6 +11,7 @@ from torch import nn
 
 from etude.errors import ModelError, NonFiniteError
 from etude.optim.clipping import clip_gradients
+from etude.optim.finite import CheckAtOnce, CheckLate, Finding, NoCheck, leaves_updates_out
 from etude.precision import LossScaler
 
 
@@ -39,10 +40,11 @@ class Gradient:
         self.parameters = list(parameters)
         self.forward_backward, self.device = forward_backward, device
         self.scaler, self.optimizer, self.max_norm = scaler, optimizer, max_norm
-        self.stops_on_nonfinite, self.rows_of = stops_on_nonfinite, rows_of
+        self.rows_of = rows_of
         self.recover = recover
         self.clip = clip or clip_gradients
         self.shares: list[tuple[Any, torch.Tensor]] = []
+        self.finite_check = self._build_finite_check(stops_on_nonfinite)
         self._must_reach_adapters = True
         self._flat: torch.Tensor | None = None
 
@@ -100,25 +102,35 @@ class Gradient:
         return norm
 
     def require_finite(self, loss: torch.Tensor, norm: torch.Tensor | float | None, step: Any) -> None:
-        """
+        """No update is made with a loss or norm that is NaN or infinite; on a GPU the error comes a step later.
+
         Raises:
-            NonFiniteError: naming step, micro-batch and rows, where the loss or the norm is NaN or infinite.
+            NonFiniteError: naming step, micro-batch and rows.
         """
-        if not self.stops_on_nonfinite:
-            return
-        norm_value = math.nan if norm is None else float(norm)
-        loss_value = float(loss)
-        overflow_is_fine = norm is None or self.scaler.tolerates_overflow
-        if math.isfinite(loss_value) and (overflow_is_fine or math.isfinite(norm_value)):
-            return
-        culprit = next((batch for batch, share in self.shares if not math.isfinite(float(share))), None)
-        what = f"the loss is {loss_value}" if culprit is not None else f"the gradient norm is {norm_value}"
+        self.finite_check.look_at(Finding(step, loss, norm, self.shares))
+
+    def settle(self) -> None:
+        """Hear now what `require_finite` would only say at the next step: before anything is logged or saved."""
+        self.finite_check.settle()
+
+    def _build_finite_check(self, stops_on_nonfinite: bool) -> NoCheck:
+        if not stops_on_nonfinite:
+            return NoCheck()
+        if self.device.type == "cuda" and not self.scaler.tolerates_overflow and leaves_updates_out(self.optimizer):
+            return CheckLate(self._complain, self.optimizer, self.device)
+        return CheckAtOnce(self._complain, norm_counts=not self.scaler.tolerates_overflow)
+
+    def _complain(self, finding: Finding) -> None:
+        culprit = next((batch for batch, share in finding.shares if not math.isfinite(float(share))), None)
+        norm = math.nan if finding.norm is None else float(finding.norm)
+        what = f"the loss is {float(finding.loss)}" if culprit is not None else f"the gradient norm is {norm}"
+        batches = [culprit] if culprit is not None else [batch for batch, _ in finding.shares]
         raise NonFiniteError(
             f"{what}. The update was not made, so the weights and the last checkpoint are as they were. Look at these "
             "rows, lower learning_rate or max_grad_norm, or pass on_nonfinite='continue' to go on regardless",
-            step=step.number,
+            step=finding.step.number,
             micro_batch=None if culprit is None else culprit.index,
-            rows=self._describe_rows(culprit),
+            rows=self._describe_rows(batches),
         )
 
     def _forget(self) -> None:
@@ -137,7 +149,6 @@ class Gradient:
                 "Is the adapter active (model.set_adapter), or cut off by torch.no_grad or activation checkpointing?"
             )
 
-    def _describe_rows(self, culprit: Any | None) -> str | None:
-        batches = [culprit] if culprit is not None else [batch for batch, _ in self.shares]
+    def _describe_rows(self, batches: list[Any]) -> str | None:
         rows = [row for batch in batches for row in self.rows_of(batch)]
         return ", ".join(map(str, rows[:16])) + (" ..." if len(rows) > 16 else "") if rows else None

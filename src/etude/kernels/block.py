@@ -1,0 +1,313 @@
+"""A decoder layer with LoRA as four operations whose backward passes are written by hand.
+
+    q, k, v = rotate(norm(h) W_qkv^T)        attended = attention(q, k, v)
+    m = h + attended W_o^T                   y = m + (f(g) * u) W_down^T,   [g, u] = norm(m) W_gate_up^T
+
+Every W is a frozen weight with its LoRA update (`projection`). Nothing is computed or kept that the gradient of the
+adapters and of h does not ask for: norms are undone from their input, the gated product is made again, no activation is
+copied to float32. For models of the Llama, Qwen and Gemma 3 kind; which one a layer is, is found by looking at its parts,
+and `plan` compares each kind with the model's own layer before it is used.
+
+Legend: T tokens, D hidden size, H query heads, K key/value heads, d head size, F width of the gated layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from etude.kernels.projection import Projection, operations
+
+MOST_FUSED_RANKS = 32
+"""Up to here the update's part of a gradient is added where that is used next; above, the matrix units are faster."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: h * s * (offset + weight)."""
+
+    weight: Tensor
+    offset: float
+    eps: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer was called with."""
+
+    hidden: Tensor
+    """(T, D)"""
+    position_embeddings: Any
+    options: dict[str, Any]
+
+
+@dataclass(eq=False)
+class Block:
+    """The parts of one decoder layer."""
+
+    layer: nn.Module
+    attention: nn.Module
+    """The model's own attention module: what its attention function wants to see."""
+    input_norm: Norm
+    qkv: Projection
+    output: Projection
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    gated_norm: Norm
+    gate_up: Projection
+    down: Projection
+    activation: str
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    attention_norm: Norm | None = None
+    """After attention, before the residual sum (Gemma)."""
+    down_norm: Norm | None = None
+    """After the gated layer, before the residual sum (Gemma)."""
+    keeps_gates: bool = True
+    """False makes g and u again in the backward pass: two thirds of what a layer keeps, for a fifth of its time."""
+    recomputes: bool = False
+    """True keeps h alone and runs the layer again in the backward pass."""
+    calls_seen: list[Call] | None = None
+    """A list here receives what the layer is called with: what a comparison with the layer's own forward asks for."""
+    projections: tuple[Projection, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.projections = (self.qkv, self.output, self.gate_up, self.down)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Stands in for the layer's forward, in its signature. Padded batches and cached ones go to the layer's own."""
+        is_packed = options.get("segments") is not None and hidden_states.shape[0] == 1 and past_key_values is None
+        if not is_packed or hidden_states.dtype != self.qkv.dtype:
+            own: Any = type(self.layer).forward
+            options |= {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+            options |= {"past_key_values": past_key_values, "position_embeddings": position_embeddings}
+            return own(self.layer, hidden_states, **options)
+        if self.calls_seen is not None:
+            self.calls_seen.append(Call(hidden_states[0].detach(), position_embeddings, options))
+        return self.run(hidden_states[0], position_embeddings, **options)[None]
+
+    def run(self, h_TD: Tensor, position_embeddings: Any, **options: Any) -> Tensor:
+        """The layer's output (T, D); `options` are for the attention function."""
+        cos, sin = (embedding[0] for embedding in position_embeddings)
+        if self.recomputes and torch.is_grad_enabled():
+            parameters = [p for projection in self.projections for p in projection.parameters]
+            result: Tensor = _Recomputed.apply(self, options, h_TD, cos, sin, *parameters)  # type: ignore[no-untyped-call]
+            return result
+        return self._run(h_TD, cos, sin, options, only_for_backward=False)
+
+    def _run(self, h_TD: Tensor, cos: Tensor, sin: Tensor, options: Any, *, only_for_backward: bool) -> Tensor:
+        query, key, value, h_TD = _AttentionInput.apply(self, h_TD, cos, sin, *self.qkv.parameters)  # type: ignore[no-untyped-call]
+        attended = self._attend(query, key, value, options)
+        middle_TD = _AttentionOutput.apply(self, attended, h_TD, *self.output.parameters)  # type: ignore[no-untyped-call]
+        parameters = (*self.gate_up.parameters, *self.down.parameters)
+        output: Tensor = _Gated.apply(self, only_for_backward, middle_TD, *parameters)  # type: ignore[no-untyped-call]
+        return output
+
+    def _attend(self, query_THd: Tensor, key_TKd: Tensor, value_TKd: Tensor, options: Any) -> Tensor:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        module: Any = self.attention
+        attention = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+        attended, _ = attention(
+            module,
+            *(tensor.transpose(0, 1)[None] for tensor in (query_THd, key_TKd, value_TKd)),
+            None,
+            dropout=module.attention_dropout if module.training else 0.0,
+            scaling=module.scaling,
+            sliding_window=getattr(module, "sliding_window", None),
+            **options,
+        )
+        return cast(Tensor, attended).reshape(attended.shape[1], -1)
+
+
+def _rows_of(gradient: Tensor) -> Tensor:
+    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+
+
+class _AttentionInput(torch.autograd.Function):
+    """h -> q (T, H, d), k and v (T, K, d), and h again, so that the gradient of the residual is added on the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, block: Block, h_TD: Tensor, cos: Tensor, sin: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kernels, norm, tokens = operations(h_TD.device), block.input_norm, h_TD.shape[0]
+        with torch.autocast(h_TD.device.type, enabled=False):
+            buffer = block.qkv.input_buffer(tokens)
+            scale_T = kernels.rms_norm(h_TD, norm.weight, norm.offset, norm.eps, buffer[:, : h_TD.shape[1]])
+            qkv, reduced = block.qkv.forward(buffer)
+            query, key, value = _split_heads(block, qkv)
+            saved: list[Tensor | None] = [h_TD, scale_T, reduced, cos, sin]
+            for name, heads, head_norm in (("query", query, block.query_norm), ("key", key, block.key_norm)):
+                out = heads if head_norm is None else torch.empty_like(heads, memory_format=torch.contiguous_format)
+                arguments = () if head_norm is None else (head_norm.weight, head_norm.offset, head_norm.eps)
+                scale_TH = kernels.rotate(heads, cos, sin, out, *arguments)
+                saved += [heads if head_norm is not None else None, scale_TH]
+                query, key = (out, key) if name == "query" else (query, out)
+        ctx.block = block
+        ctx.save_for_backward(*saved)
+        return query, key, value, h_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, query_grad: Tensor, key_grad: Tensor, value_grad: Tensor, residual_grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        block: Block = ctx.block
+        h_TD, scale_T, reduced, cos, sin, query, query_scale, key, key_scale = ctx.saved_tensors
+        kernels = operations(h_TD.device)
+        grad = torch.empty(h_TD.shape[0], block.qkv.out_features, dtype=query_grad.dtype, device=h_TD.device)
+        into_query, into_key, into_value = _split_heads(block, grad)
+        for gradient, out, heads, norm, scale_TH in (
+            (query_grad, into_query, query, block.query_norm, query_scale),
+            (key_grad, into_key, key, block.key_norm, key_scale),
+        ):
+            arguments = () if norm is None else (heads, norm.weight, norm.offset, scale_TH)
+            kernels.rotate_backward(_rows_of(gradient), cos, sin, out, *arguments)
+        into_value.copy_(value_grad)
+        norm = block.input_norm
+        h_grad = None
+        if ctx.needs_input_grad[1]:
+            x_grad, reduced_grad = block.qkv.backward(grad)
+            h_grad = kernels.rms_norm_backward(x_grad, h_TD, norm.weight, norm.offset, scale_T, residual_grad)
+        else:
+            reduced_grad = block.qkv.reduced_gradient(grad)
+        scaled = (reduced_grad * scale_T[:, None]).to(grad.dtype)
+        gradients = block.qkv.adapter_gradients(grad, reduced, scaled, h_TD, norm.weight, norm.offset)
+        return None, h_grad, None, None, *gradients
+
+
+class _AttentionOutput(torch.autograd.Function):
+    """h + attended W_o^T."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Block, attended: Tensor, h_TD: Tensor, *parameters: Tensor) -> Tensor:
+        with torch.autocast(h_TD.device.type, enabled=False):
+            attended = attended.to(block.output.dtype)
+            output, *saved = _with_residual(block.output, attended, h_TD, block.attention_norm)
+        ctx.block = block
+        ctx.save_for_backward(attended, *saved)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        block: Block = ctx.block
+        attended, reduced, product, scale_T = ctx.saved_tensors
+        product_grad = _undo_norm(grad, block.attention_norm, product, scale_T)
+        attended_grad, reduced_grad = block.output.backward(product_grad)
+        gradients = block.output.adapter_gradients(product_grad, reduced, reduced_grad, attended)
+        return None, attended_grad, grad, *gradients
+
+
+class _Gated(torch.autograd.Function):
+    """m + (f(g) * u) W_down^T with [g, u] = norm(m) W_gate_up^T."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Block, only_for_backward: bool, middle_TD: Tensor, *parameters: Tensor) -> Tensor:
+        kernels = operations(middle_TD.device)
+        with torch.autocast(middle_TD.device.type, enabled=False):
+            gates, scale_T, reduced = _gates(block, middle_TD)
+            buffer = block.down.input_buffer(middle_TD.shape[0])
+            kernels.gate(gates, block.activation, buffer[:, : block.down.in_features])
+            if only_for_backward and block.down_norm is None:  # its output is known already
+                output, saved = torch.empty_like(middle_TD), [block.down.down(buffer), None, None]
+            else:
+                output, *saved = _with_residual(block.down, buffer, middle_TD, block.down_norm)
+        ctx.block = block
+        ctx.save_for_backward(middle_TD, scale_T, reduced, gates if block.keeps_gates else None, *saved)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        block: Block = ctx.block
+        middle_TD, scale_T, reduced, gates, reduced_down, product, product_scale_T = ctx.saved_tensors
+        kernels, norm = operations(grad.device), block.gated_norm
+        if gates is None:
+            gates, _, _ = _gates(block, middle_TD)
+        down_grad = _undo_norm(grad, block.down_norm, product, product_scale_T)
+        adds_update = block.down.rank > MOST_FUSED_RANKS
+        gated_grad, reduced_down_grad = block.down.backward(down_grad, adds_update=adds_update)
+        update = (reduced_down_grad, block.down.A) if block.down.rank and not adds_update else ()
+        gates_grad = torch.empty_like(gates)
+        kernels.gate_backward(gated_grad, gates, block.activation, gates_grad, gated_grad, *update)
+        # From here on `gated_grad` holds f(g) * u, the input of the last projection.
+        of_down = block.down.adapter_gradients(down_grad, reduced_down, reduced_down_grad, gated_grad)
+        x_grad, reduced_grad = block.gate_up.backward(gates_grad)
+        scaled = (reduced_grad * scale_T[:, None]).to(grad.dtype)
+        of_gates = block.gate_up.adapter_gradients(gates_grad, reduced, scaled, middle_TD, norm.weight, norm.offset)
+        middle_grad = kernels.rms_norm_backward(x_grad, middle_TD, norm.weight, norm.offset, scale_T, grad)
+        return None, None, middle_grad, *of_gates, *of_down
+
+
+class _Recomputed(torch.autograd.Function):
+    """The whole layer, of which only h is kept. Gradients of the adapters are accumulated by the inner backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, block: Block, options: Any, h_TD: Tensor, cos: Tensor, sin: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.block, ctx.options, ctx.needs_h = block, options, h_TD.requires_grad
+        ctx.save_for_backward(h_TD, cos, sin)
+        return block._run(h_TD, cos, sin, options, only_for_backward=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h_TD, cos, sin = ctx.saved_tensors
+        with torch.enable_grad():
+            h_TD = h_TD.detach().requires_grad_(ctx.needs_h)
+            output = ctx.block._run(h_TD, cos, sin, ctx.options, only_for_backward=True)
+        torch.autograd.backward(output, grad)
+        return None, None, h_TD.grad, None, None, *(None for _ in ctx.needs_input_grad[5:])
+
+
+def _gates(block: Block, middle_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[g, u] (T, 2F), the scales of the norm (T) and norm(m) A^T (T, R)."""
+    norm = block.gated_norm
+    buffer = block.gate_up.input_buffer(middle_TD.shape[0])
+    place = buffer[:, : middle_TD.shape[1]]
+    scale_T = operations(middle_TD.device).rms_norm(middle_TD, norm.weight, norm.offset, norm.eps, place)
+    gates, reduced = block.gate_up.forward(buffer)
+    return gates, scale_T, reduced
+
+
+def _with_residual(
+    projection: Projection, x: Tensor, residual: Tensor, norm: Norm | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """residual + [norm](x W^T), x A^T, and what undoing the norm needs."""
+    if norm is None:
+        output, reduced = projection.forward(x, residual)
+        return output, reduced, None, None
+    product, reduced = projection.forward(x)
+    output = torch.empty_like(residual)
+    scale_T = operations(x.device).rms_norm(product, norm.weight, norm.offset, norm.eps, output, residual)
+    return output, reduced, product, scale_T
+
+
+def _undo_norm(grad: Tensor, norm: Norm | None, product: Tensor, scale_T: Tensor) -> Tensor:
+    if norm is None:
+        return grad.contiguous()
+    return cast(Tensor, operations(grad.device).rms_norm_backward(grad, product, norm.weight, norm.offset, scale_T))
+
+
+def _split_heads(block: Block, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (T, H, d), (T, K, d), (T, K, d) of the rows of a stacked product."""
+    sizes = [block.num_heads * block.head_dim] + 2 * [block.num_kv_heads * block.head_dim]
+    query, key, value = (part.view(part.shape[0], -1, block.head_dim) for part in torch.split(qkv, sizes, dim=1))
+    return query, key, value

@@ -1,0 +1,139 @@
+"""Which decoder layers can be computed as a `Block`: found by looking at their parts, not at their class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from etude.kernels.block import Block, Call, Norm
+from etude.kernels.projection import Projection, lora_parts
+from etude.kernels.reference import GELU_TANH, SILU
+
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Largest difference between a block and the model's own layer, of output and gradients, relative to their norm."""
+
+
+def block_of(layer: nn.Module, dtype: torch.dtype) -> Block | str:
+    """The layer as a block that computes in `dtype`; otherwise, why not. Changes nothing."""
+    found: Any = layer
+    try:
+        attention, gated = found.self_attn, found.mlp
+        linears = {
+            "q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj,
+            "gate": gated.gate_proj, "up": gated.up_proj, "down": gated.down_proj,
+        }  # fmt: skip
+        head_dim, activation = int(attention.head_dim), _activation(gated.act_fn)
+        norms = [_norm(found.input_layernorm), _norm(found.post_attention_layernorm)]
+        is_sandwich = hasattr(found, "pre_feedforward_layernorm")
+        if is_sandwich:
+            norms += [_norm(found.pre_feedforward_layernorm), _norm(found.post_feedforward_layernorm)]
+        head_norms = [
+            _norm(norm) if (norm := getattr(attention, name, None)) is not None else None
+            for name in ("q_norm", "k_norm")
+        ]
+    except AttributeError as error:
+        return f"its parts are other ones ({error})"
+    if activation is None:
+        return "an activation other than SiLU and GELU (tanh)"
+    if any(norm is None for norm in norms) or (getattr(attention, "q_norm", None) is not None and None in head_norms):
+        return "norms other than frozen RMS norms"
+    if any(norm is not None and norm.weight.shape != (head_dim,) for norm in head_norms):
+        return "norms over all heads"
+    parts: dict[str, Any] = {name: lora_parts(linear) for name, linear in linears.items()}
+    for name, part in parts.items():
+        if isinstance(part, str):
+            return f"{part} ({name}_proj)"
+    if any(part[0].weight.dtype != dtype for part in parts.values()):
+        return f"weights in another type than {str(dtype).removeprefix('torch.')}, in which it computes"
+
+    def project(*names: str, extends_input: bool) -> Projection:
+        chosen = [parts[name] for name in names]
+        return Projection(
+            [part[0] for part in chosen], [part[1] for part in chosen], dtype, extends_input=extends_input
+        )
+
+    return Block(
+        layer=layer,
+        attention=attention,
+        input_norm=norms[0],  # type: ignore[arg-type]
+        qkv=project("q", "k", "v", extends_input=True),
+        output=project("o", extends_input=False),
+        num_heads=parts["q"][0].out_features // head_dim,
+        num_kv_heads=parts["k"][0].out_features // head_dim,
+        head_dim=head_dim,
+        gated_norm=norms[2] if is_sandwich else norms[1],  # type: ignore[arg-type]
+        gate_up=project("gate", "up", extends_input=True),
+        down=project("down", extends_input=True),
+        activation=activation,
+        query_norm=head_norms[0],
+        key_norm=head_norms[1],
+        attention_norm=norms[1] if is_sandwich else None,
+        down_norm=norms[3] if is_sandwich else None,
+    )
+
+
+def _norm(module: Any) -> Norm | None:
+    """What an RMS norm computes, found by asking it; None where it is something else or is trained."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if weight is None or eps is None or weight.dim() != 1 or weight.requires_grad or len(list(module.parameters())) > 1:
+        return None
+    probe = torch.linspace(-2, 3, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
+    with torch.no_grad():
+        answer = module(probe).double()
+        wide = probe.double()
+        normed = wide * torch.rsqrt(wide.square().mean() + eps)
+        for offset in (0.0, 1.0):
+            expected = normed * (offset + weight.double())
+            if float((answer - expected).norm()) <= _rounding(weight.dtype) * float(expected.norm()):
+                return Norm(weight.detach(), offset, float(eps))
+    return None
+
+
+def _activation(function: Any) -> str | None:
+    x = torch.linspace(-6, 6, 101)
+    with torch.no_grad():
+        answer = function(x)
+    for name, expected in ((SILU, functional.silu(x)), (GELU_TANH, functional.gelu(x, approximate="tanh"))):
+        if torch.allclose(answer, expected, atol=1e-5):
+            return name
+    return None
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    return max(1e-5, 2 * torch.finfo(dtype).eps)
+
+
+def compare(block: Block, call: Call) -> float:
+    """The largest relative difference of output, gradient of h and gradients of the adapters between a block and the
+    layer's own forward on the same input.
+
+    The adapters' gradients are compared all together: some of them are zero in an adapter that has not been trained.
+    """
+    layer: Any = block.layer
+    parameters = [p for projection in block.projections for p in projection.parameters]
+    direction = (
+        torch.linspace(-1, 1, call.hidden.numel(), device=call.hidden.device).view_as(call.hidden).to(call.hidden.dtype)
+    )
+    options = {"attention_mask": None, "position_embeddings": call.position_embeddings, **call.options}
+    results = []
+    for run in (
+        lambda h: type(layer).forward(layer, h[None], **options)[0],
+        lambda h: block.run(h, call.position_embeddings, **call.options),
+    ):
+        with torch.enable_grad():
+            h = call.hidden.clone().requires_grad_()
+            output = run(h)
+            gradients = torch.autograd.grad(output, [h, *parameters], direction, allow_unused=True)
+        adapters = [gradient.flatten() for gradient in gradients[1:] if gradient is not None]
+        results.append((output.detach(), gradients[0], torch.cat(adapters) if adapters else output.new_zeros(1)))
+    theirs, ours = results
+    return max(_distance(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    difference = (ours.double() - theirs.double()).norm()
+    return float(difference / theirs.double().norm().clamp_min(1e-30))

@@ -1,0 +1,136 @@
+"""The elementwise operations of a decoder layer in plain torch: what the fused kernels are tested against, and what runs
+where there is no GPU.
+
+Every function computes in float32 (float64 for float64 input) and rounds once, into `out`. The last dimension of every
+tensor is contiguous, rows may be further apart than they are wide. Legend: T tokens, D hidden size, F width of the gated
+layer, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SILU, GELU_TANH = "silu", "gelu_tanh"
+
+
+def rms_norm(
+    h_TD: Tensor, weight_D: Tensor, offset: float, eps: float, out_TD: Tensor, residual_TD: Tensor | None = None
+) -> Tensor:
+    """out = [residual +] h * s * (offset + weight), s = 1 / sqrt(mean(h^2) + eps); returns s (T), float32.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467, equation 4. `offset` is 1 for models that store weight - 1.
+    """
+    wide = _wide(h_TD)
+    scale_T = torch.rsqrt(wide.square().mean(dim=1) + eps)
+    result = wide * scale_T[:, None] * (offset + _wide(weight_D))
+    out_TD.copy_(result if residual_TD is None else _wide(residual_TD) + result)
+    return scale_T
+
+
+def rms_norm_backward(
+    grad_TD: Tensor, h_TD: Tensor, weight_D: Tensor, offset: float, scale_T: Tensor, residual_TD: Tensor | None = None
+) -> Tensor:
+    """The gradient of h (T, D): [residual +] s * (g - n * mean(g * n)), n = h * s, g = grad * (offset + weight).
+
+    `residual` is the gradient that reaches h around the norm.
+    """
+    normed = _wide(h_TD) * scale_T[:, None]
+    weighted = _wide(grad_TD) * (offset + _wide(weight_D))
+    result = scale_T[:, None] * (weighted - normed * (weighted * normed).mean(dim=1, keepdim=True))
+    return (result if residual_TD is None else _wide(residual_TD) + result).to(h_TD.dtype)
+
+
+def rotate(
+    x_THd: Tensor,
+    cos_Td: Tensor,
+    sin_Td: Tensor,
+    out_THd: Tensor,
+    weight_d: Tensor | None = None,
+    offset: float = 0.0,
+    eps: float = 0.0,
+) -> Tensor | None:
+    """Rotary positions, out = y * cos + [-y2, y1] * sin with y = [y1, y2] in halves; y is x, or with `weight` its RMS norm.
+
+    `out` may be x. Returns the scales s of the norm (T, H), float32, or None. Source: Su et al., arXiv 2104.09864.
+    """
+    y, scale_TH = _wide(x_THd), None
+    if weight_d is not None:
+        scale_TH = torch.rsqrt(y.square().mean(dim=2) + eps)
+        y = y * scale_TH[..., None] * (offset + _wide(weight_d))
+    cos, sin = _wide(cos_Td)[:, None], _wide(sin_Td)[:, None]
+    first, second = y.chunk(2, dim=2)
+    out_THd.copy_(y * cos + torch.cat((-second, first), dim=2) * sin)
+    return scale_TH
+
+
+def rotate_backward(
+    grad_THd: Tensor,
+    cos_Td: Tensor,
+    sin_Td: Tensor,
+    out_THd: Tensor,
+    x_THd: Tensor | None = None,
+    weight_d: Tensor | None = None,
+    offset: float = 0.0,
+    scale_TH: Tensor | None = None,
+) -> None:
+    """Write the gradient of `rotate`'s x into `out`, which may be `grad`; x, weight and scales only where it normed."""
+    grad, cos, sin = _wide(grad_THd), _wide(cos_Td)[:, None], _wide(sin_Td)[:, None]
+    first, second = (grad * sin).chunk(2, dim=2)
+    grad = grad * cos + torch.cat((second, -first), dim=2)
+    if x_THd is not None and weight_d is not None and scale_TH is not None:
+        scale = scale_TH[..., None]
+        normed, weighted = _wide(x_THd) * scale, grad * (offset + _wide(weight_d))
+        grad = scale * (weighted - normed * (weighted * normed).mean(dim=2, keepdim=True))
+    out_THd.copy_(grad)
+
+
+def gate(gate_up_T2F: Tensor, activation: str, out_TF: Tensor) -> None:
+    """out = f(gate) * up for the halves of `gate_up`; f is "silu" or "gelu_tanh". Source: Shazeer, arXiv 2002.05202."""
+    gate_TF, up_TF = _wide(gate_up_T2F).chunk(2, dim=1)
+    out_TF.copy_(_activate(gate_TF, activation) * up_TF)
+
+
+def gate_backward(
+    grad_TF: Tensor,
+    gate_up_T2F: Tensor,
+    activation: str,
+    out_T2F: Tensor,
+    product_TF: Tensor,
+    reduced_TR: Tensor | None = None,
+    A_RF: Tensor | None = None,
+) -> None:
+    """Write the gradient of `gate_up` into `out`, and what `gate` had computed into `product`, which may be `grad`.
+
+    With `reduced` and `A` the gradient that comes in is grad + reduced A.
+    """
+    gate_TF, up_TF = _wide(gate_up_T2F).chunk(2, dim=1)
+    grad, activated = _wide(grad_TF), _activate(gate_TF, activation)
+    if reduced_TR is not None and A_RF is not None:
+        grad = grad + _wide(reduced_TR) @ _wide(A_RF)
+    slope = _slope(gate_TF, activation)
+    out_T2F.copy_(torch.cat((grad * up_TF * slope, grad * activated), dim=1))
+    product_TF.copy_(activated * up_TF)
+
+
+def copy_rows(source_TR: Tensor, out_TR: Tensor) -> None:
+    """out = source: a few columns of wide rows."""
+    out_TR.copy_(source_TR)
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
+    return functional.silu(x) if activation == SILU else functional.gelu(x, approximate="tanh")
+
+
+def _slope(x: Tensor, activation: str) -> Tensor:
+    if activation == SILU:
+        sigmoid = torch.sigmoid(x)
+        return sigmoid * (1 + x * (1 - sigmoid))
+    inner = 0.7978845608028654 * (x + 0.044715 * x**3)
+    tanh = torch.tanh(inner)
+    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh.square()) * 0.7978845608028654 * (1 + 3 * 0.044715 * x.square())
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,94 @@
+"""The fused kernels on a CUDA device, at the sizes of real layers, against the reference in float64."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from etude.kernels import reference
+from etude.kernels.reference import GELU_TANH, SILU
+
+if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+    pytest.skip("needs a CUDA device and Triton", allow_module_level=True)
+
+from etude.kernels import fused
+from fused_checks import Inputs, check_gate, check_rms_norm, check_rms_norm_backward, check_rotate
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float32], ids=str)
+def inputs(request: pytest.FixtureRequest) -> Inputs:
+    return Inputs("cuda", request.param)
+
+
+ROWS = [(1, 96, 0), (7, 100, 6), (512, 1024, 32), (4096, 2560, 64), (2048, 4096, 16), (300, 16384, 0)]
+
+
+@pytest.mark.parametrize(
+    ("offset", "residual", "in_place"), [(0.0, False, True), (1.0, True, True), (1.0, True, False)]
+)
+@pytest.mark.parametrize(("T", "D", "apart"), ROWS)
+def test_rms_norm(inputs: Inputs, T: int, D: int, apart: int, offset: float, residual: bool, in_place: bool) -> None:
+    check_rms_norm(inputs, T, D, offset=offset, residual=residual, in_place=in_place, apart=apart)
+
+
+@pytest.mark.parametrize(("offset", "residual"), [(0.0, False), (1.0, True)])
+@pytest.mark.parametrize(("T", "D", "apart"), ROWS)
+def test_rms_norm_backward(inputs: Inputs, T: int, D: int, apart: int, offset: float, residual: bool) -> None:
+    check_rms_norm_backward(inputs, T, D, offset=offset, residual=residual, apart=apart)
+
+
+@pytest.mark.parametrize(("norm", "in_place"), [(False, True), (False, False), (True, True), (True, False)])
+@pytest.mark.parametrize(
+    ("T", "H", "d"), [(1, 3, 20), (7, 5, 100), (2048, 8, 64), (2048, 32, 128), (512, 64, 128), (1000, 4, 256)]
+)
+def test_rotate(inputs: Inputs, T: int, H: int, d: int, norm: bool, in_place: bool) -> None:
+    table = inputs.dtype if in_place else torch.float32
+    check_rotate(inputs, T, H, d, norm=norm, in_place=in_place, table=table)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("activation", [SILU, GELU_TANH])
+@pytest.mark.parametrize(("T", "F", "apart"), [(1, 33, 0), (7, 130, 6), (4096, 3072, 64), (1024, 14336, 32)])
+def test_gate(inputs: Inputs, T: int, F: int, apart: int, activation: str, in_place: bool) -> None:
+    check_gate(inputs, T, F, activation=activation, in_place=in_place, apart=apart)
+
+
+def test_gates_beyond_32_bits() -> None:
+    """More elements than a 32-bit offset can reach: the last rows are where they belong."""
+    T, F = 76_000, 14_336
+    assert T * 2 * F > 2**31
+    gate_up = torch.zeros(T, 2 * F, device="cuda", dtype=torch.bfloat16)
+    last = torch.randn(8, 2 * F, device="cuda").bfloat16()
+    gate_up[-8:] = last
+    out, exact = torch.full((T, F), 7.0, device="cuda", dtype=torch.bfloat16), last.new_empty(8, F)
+    fused.gate(gate_up, SILU, out)
+    reference.gate(last, SILU, exact)
+    torch.testing.assert_close(out[-8:], exact, rtol=8e-3, atol=1e-6)
+    assert not bool(out[:-8].any())
+
+
+def test_a_graph_of_kernels_replays() -> None:
+    """Nothing in a call waits for the device or depends on what is there."""
+    h = torch.randn(256, 1024, device="cuda", dtype=torch.bfloat16)
+    weight, out = torch.randn(1024, device="cuda", dtype=torch.bfloat16), torch.empty_like(h)
+    product = h.new_empty(256, 512)
+    cos, sin = (torch.randn(256, 64, device="cuda") for _ in range(2))
+
+    def run() -> None:
+        fused.rms_norm(h, weight, 0.0, 1e-6, out)
+        fused.rotate(out.view(256, 16, 64), cos, sin, out.view(256, 16, 64))
+        fused.gate(out, SILU, product)
+
+    run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    h.copy_(torch.randn_like(h))
+    graph.replay()
+    replayed = product.clone()
+    run()
+    torch.testing.assert_close(replayed, product, rtol=0.0, atol=0.0)

@@ -1,0 +1,45 @@
+"""The fused kernels in Triton's interpreter, on a CPU: run by `test_fused` in a process of its own, as TRITON_INTERPRET
+has to be set before anything imports Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from etude.kernels.reference import GELU_TANH, SILU
+from fused_checks import Inputs, check_gate, check_rms_norm, check_rms_norm_backward, check_rotate
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def inputs(request: pytest.FixtureRequest) -> Inputs:
+    return Inputs("cpu", request.param)
+
+
+@pytest.mark.parametrize(
+    ("offset", "residual", "in_place"), [(0.0, False, True), (1.0, True, True), (1.0, True, False)]
+)
+@pytest.mark.parametrize(("T", "D", "apart"), [(1, 96, 0), (7, 100, 16), (3, 1100, 6)])
+def test_rms_norm(inputs: Inputs, T: int, D: int, apart: int, offset: float, residual: bool, in_place: bool) -> None:
+    check_rms_norm(inputs, T, D, offset=offset, residual=residual, in_place=in_place, apart=apart)
+
+
+@pytest.mark.parametrize(("offset", "residual"), [(0.0, False), (1.0, True)])
+@pytest.mark.parametrize(("T", "D", "apart"), [(1, 96, 0), (7, 100, 16), (3, 1100, 6)])
+def test_rms_norm_backward(inputs: Inputs, T: int, D: int, apart: int, offset: float, residual: bool) -> None:
+    check_rms_norm_backward(inputs, T, D, offset=offset, residual=residual, apart=apart)
+
+
+@pytest.mark.parametrize(("norm", "in_place"), [(False, True), (False, False), (True, True), (True, False)])
+@pytest.mark.parametrize(("T", "H", "d"), [(1, 3, 20), (7, 5, 64), (2, 35, 100), (2, 1, 256)])
+def test_rotate(inputs: Inputs, T: int, H: int, d: int, norm: bool, in_place: bool) -> None:
+    table = inputs.dtype if in_place else torch.float32
+    check_rotate(inputs, T, H, d, norm=norm, in_place=in_place, table=table)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("activation", [SILU, GELU_TANH])
+@pytest.mark.parametrize(("T", "F", "apart"), [(1, 33, 0), (7, 130, 16), (2, 1030, 6)])
+def test_gate(inputs: Inputs, T: int, F: int, apart: int, activation: str, in_place: bool) -> None:
+    check_gate(inputs, T, F, activation=activation, in_place=in_place, apart=apart)
