@@ -142,6 +142,7 @@ def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -
             settings["cuda_graphs"] = False
         if args.deterministic:
             settings["deterministic"] = True
+        settings["gpu_memory_limit_gib"] = args.limit_gib
     else:
         from transformers import Trainer, TrainingArguments
     trainer = Trainer(
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--limit-gib", type=float, default=None, help="GPU memory that etude is told to stay within")
     parser.add_argument("--profile", action="store_true", help="print where the GPU's time goes, in steps of their own")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etude.kernels import fused, reference
+from etude.kernels import fused, reference, transfer
 
 NOISE = 4e-6
 """Of float32 arithmetic, relative to the largest term: sums of a row, exponentials of numbers up to 30."""
@@ -128,3 +128,61 @@ def check_gate(inputs: Inputs, T: int, F: int, *, activation: str, in_place: boo
     fused.gate_backward(grad, gate_up, activation, gradients, product)
     assert_rounded_once(gradients, exact_gradients, sizes)
     assert_rounded_once(product, exact_product, exact_product.abs() + VANISHED)
+
+
+def check_copy_rows(inputs: Inputs, T: int, R: int) -> None:
+    """A few columns of wide rows; those beside them stay as they are."""
+    source, wide = inputs.rows(T, R, seed=0), inputs.rows(T, R + 9, seed=1)
+    before = wide.clone()
+    fused.copy_rows(source, wide[:, 4 : 4 + R])
+    assert torch.equal(wide[:, 4 : 4 + R], source)
+    assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, 4 + R :], before[:, 4 + R :])
+
+
+FACTORS = [(1, 33), (8, 100), (3, 4100), (200, 7)]
+"""Shapes of factors, one of more than a program's block."""
+
+
+def check_gather(inputs: Inputs) -> None:
+    """Factors in float32, wherever they lie, into columns of wider matrices of `inputs.dtype`, each times a number."""
+    sources = [Inputs(inputs.device, torch.float32).rows(*shape, seed=seed) for seed, shape in enumerate(FACTORS)]
+    wide = [inputs.rows(rows, columns + 24, seed=seed) for seed, (rows, columns) in enumerate(FACTORS)]
+    scalings = [1.0, 2.0, 0.3, -7.0]
+    places = [place[:, 8:-16] for place in wide]
+    gather = transfer.Gather([transfer.Piece(*piece) for piece in zip(sources, places, scalings, strict=True)])
+    for _ in range(2):
+        before = [place.clone() for place in wide]
+        gather.copy()
+        for source, place, whole, old, scaling in zip(sources, places, wide, before, scalings, strict=True):
+            exact = source.double() * scaling
+            assert_rounded_once(place, exact, exact.abs())
+            assert torch.equal(whole[:, :8], old[:, :8]) and torch.equal(whole[:, -16:], old[:, -16:])
+        for source in sources:  # an optimizer's step changes them where they are
+            source.mul_(-1.5)
+    assert gather.is_current()
+    sources[1].data = sources[1].clone()
+    assert not gather.is_current()
+
+
+def check_accumulate(inputs: Inputs, I: int, members: list[tuple[int, int]], *, column_factor: bool) -> None:  # noqa: E741
+    """Gradients of layers with (outputs, rank) each, cut out of the two products of all of them, added to what is there."""
+    R, O = sum(rank for _, rank in members), sum(outputs for outputs, _ in members)  # noqa: E741
+    all_A, all_B = (inputs.rows(*shape, seed=seed).contiguous() for seed, shape in enumerate([(R, I), (O, R)]))
+    factor = inputs.vector(I, seed=2) if column_factor else None
+    offset, scalings = 1.0, [2.0, 0.3, -1.0]
+    whole_A = all_A.double() if factor is None else all_A.double() * (offset + factor.double())
+    as_float32 = Inputs(inputs.device, torch.float32)
+    shares, exact, output, start = [], [], 0, 0
+    for number, ((outputs, rank), scaling) in enumerate(zip(members, scalings, strict=False)):
+        if rank:
+            of_A, of_B = (
+                as_float32.rows(*shape, seed=3 + number).contiguous() for shape in ((rank, I), (outputs, rank))
+            )
+            exact.append(of_A.double() + whole_A[start : start + rank])
+            exact.append(of_B.double() + scaling * all_B.double()[output : output + outputs, start : start + rank])
+            shares.append(transfer.Share(True, start * I, I, of_A, 1.0))
+            shares.append(transfer.Share(False, output * R + start, R, of_B, scaling))
+        output, start = output + outputs, start + rank
+    transfer.Accumulate(shares).add(all_A, all_B, factor, offset)
+    for share, expected in zip(shares, exact, strict=True):
+        assert_rounded_once(share.total, expected, expected.abs() + 10.0)

@@ -61,6 +61,7 @@ NUMBERS: Final[dict[str, Bounds]] = {
     "num_train_epochs": _AMOUNT,
     "max_steps": Bounds(-1, whole=True),
     "tokens_per_micro_batch": _OPTIONAL_COUNT,
+    "gpu_memory_limit_gib": Bounds(0.25, optional=True),
     "learning_rate": _AMOUNT,
     "warmup_steps": _AMOUNT,
     "warmup_ratio": Bounds(0, 1, optional=True),

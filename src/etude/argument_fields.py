@@ -129,10 +129,10 @@ class ArgumentFields:
     )
     torch_compile_backend: str | None = field(
         default=None,
-        metadata=_help("No effect: the decoder layers are compiled where it pays.", aliases=_formerly("torchdynamo")),
+        metadata=_help("Asks for torch_compile; 'inductor' is always used.", aliases=_formerly("torchdynamo")),
     )
     torch_compile_mode: str | None = field(
-        default=None, metadata=_help("No effect: the decoder layers are compiled where it pays.")
+        default=None, metadata=_help("Asks for torch_compile; the mode is always the default one.")
     )
     use_liger_kernel: bool = field(default=False, metadata=_help("No effect: etude has kernels of its own."))
     liger_kernel_config: dict[str, bool] | None = field(
@@ -271,7 +271,7 @@ class ArgumentFields:
     # Resume and reproducibility
     ignore_data_skip: bool = field(default=False, metadata=_help("Start the data from the beginning when resuming."))
     restore_callback_states_from_checkpoint: bool = field(
-        default=False, metadata=_help("Give callbacks their saved state when resuming.")
+        default=False, metadata=_help("Give callbacks their saved settings too, not only their saved state.")
     )
     full_determinism: bool = field(default=False, metadata=_help("Another way to ask for deterministic."))
     seed: int = field(default=42, metadata=_help("Seed of everything random in training."))
@@ -381,6 +381,20 @@ class ArgumentFields:
     tokens_per_micro_batch: int | None = field(
         default=None,
         metadata=_help("Upper bound on token slots of one micro-batch on the fast path; chosen by etude if not given."),
+    )
+    gpu_memory_limit_gib: float | None = field(
+        default=None,
+        metadata=_help(
+            "GPU memory in GiB that training stays within; micro-batches and what layers keep are planned for it."
+        ),
+    )
+    base_precision: str | None = field(
+        default=None,
+        metadata=_help(
+            "'fp8' multiplies the frozen weights of the decoder layers in 8-bit floating point, faster and coarser; "
+            "if not given, in the type the run trains in.",
+            choices=["fp8"],
+        ),
     )
     fast_path: bool = field(
         default=True, metadata=_help("Train padding-free where the model allows; False always takes the general path.")

@@ -107,13 +107,14 @@ _MAPPED = _words(
     remove_unused_columns label_names train_sampling_strategy length_column_name
     torch_compile skip_memory_metrics do_train do_eval do_predict
     warmup_ratio logging_dir
-    on_nonfinite deterministic hf_checkpoint_files cuda_graphs tokens_per_micro_batch fast_path
+    on_nonfinite deterministic hf_checkpoint_files cuda_graphs tokens_per_micro_batch gpu_memory_limit_gib base_precision
+    fast_path
     """
 )
 
 _NOTHING_PUSHED = "etude uploads nothing, so it is not read; save locally, then `hf upload`"
 _ONE_REDUCTION = "gradients are summed over processes by one fixed-order reduction of a flat buffer, not by DDP"
-_COMPILES_ITSELF = "etude compiles the decoder layers by itself where the run is long enough to pay for it"
+_ONE_COMPILER = "it turns torch_compile on; the decoder layers are compiled with inductor in its default mode"
 
 FIELDS: Final[dict[str, ArgumentName]] = {
     row.name: row
@@ -121,8 +122,8 @@ FIELDS: Final[dict[str, ArgumentName]] = {
         *(ArgumentName(name, "mapped") for name in _MAPPED),
         _alias("gradient_checkpointing", "activation_checkpointing"),
         _alias("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
-        _accepted("torch_compile_backend", _COMPILES_ITSELF),
-        _accepted("torch_compile_mode", _COMPILES_ITSELF),
+        _accepted("torch_compile_backend", _ONE_COMPILER),
+        _accepted("torch_compile_mode", _ONE_COMPILER),
         _accepted("use_liger_kernel", "etude's own loss head and kernels are used where a probe shows them equal"),
         _accepted("liger_kernel_config", "etude's own loss head and kernels are used where a probe shows them equal"),
         _accepted("average_tokens_across_devices", "the loss is always divided by the token count of all processes"),
@@ -232,6 +233,8 @@ def asks_for_something(name: str, value: Any, default: Any) -> bool:
         value = value.value
     if name == "accelerator_config" and isinstance(value, Mapping):
         return any(setting != ACCELERATOR_DEFAULTS.get(key) for key, setting in value.items())
+    if name == "torch_compile_backend" and value == "inductor":
+        return False  # the one that is used
     return bool(value) != bool(default) or (bool(value) and bool(value != default))
 
 

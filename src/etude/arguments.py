@@ -76,6 +76,7 @@ class ParallelMode(StrEnum):
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 TOKEN_COUNTS = ("no", "all", "non_padding")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # what "all" looks for
+KUBEFLOW_SERVER = "KUBEFLOW_TRAINER_SERVER_URL"  # set by a Kubeflow TrainJob that wants to be told how far its run is
 PLANS_THAT_NEED_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 # A setting that has two names and two fields: whichever is set, both hold it.
@@ -257,6 +258,11 @@ class TrainingArguments(ArgumentFields, GroupedSetters, metaclass=_AcceptsEveryN
                 setattr(self, item.name, boolean(item.name, getattr(self, item.name)))
         for name in ("tf32", "disable_tqdm", "greater_is_better"):
             setattr(self, name, None if getattr(self, name) is None else boolean(name, getattr(self, name)))
+        if isinstance(self.torch_empty_cache_steps, float):
+            raise ConfigError(
+                f"expected a whole number of steps, got {self.torch_empty_cache_steps!r}: it is never a ratio of the run.",
+                field="torch_empty_cache_steps",
+            )
         for name, bounds in NUMBERS.items():
             setattr(self, name, number(name, getattr(self, name), bounds))
         for name in _DICTIONARIES:
@@ -271,6 +277,8 @@ class TrainingArguments(ArgumentFields, GroupedSetters, metaclass=_AcceptsEveryN
         self.log_level = one_of("log_level", self.log_level, LOG_LEVELS)
         self.log_level_replica = one_of("log_level_replica", self.log_level_replica, LOG_LEVELS)
         self.on_nonfinite = one_of("on_nonfinite", self.on_nonfinite, ("stop", "continue"))
+        if self.base_precision is not None:
+            self.base_precision = one_of("base_precision", self.base_precision, ("fp8",))
         self.include_num_input_tokens_seen = _token_count(self.include_num_input_tokens_seen)
         self.include_for_metrics = name_list(self.include_for_metrics)
         for part in self.include_for_metrics:
@@ -300,6 +308,10 @@ class TrainingArguments(ArgumentFields, GroupedSetters, metaclass=_AcceptsEveryN
             self.deterministic = True
         if self.use_cpu:
             self.dataloader_pin_memory = False
+        if self.torch_compile_backend is not None or self.torch_compile_mode is not None:
+            self.torch_compile = True
+        if self.torch_compile and self.torch_compile_backend is None:
+            self.torch_compile_backend = "inductor"
         if self.eval_strategy != IntervalStrategy.NO:
             self.do_eval = True
         if self.eval_strategy == IntervalStrategy.STEPS and not self.eval_steps:
@@ -506,7 +518,8 @@ class TrainingArguments(ArgumentFields, GroupedSetters, metaclass=_AcceptsEveryN
         Raises:
             ConfigError: `theirs` uses something that etude refuses (deepspeed, fsdp, push_to_hub, ...).
         """
-        own = {"on_nonfinite", "deterministic", "hf_checkpoint_files", "tokens_per_micro_batch", "fast_path"}
+        own = {"on_nonfinite", "deterministic", "hf_checkpoint_files", "fast_path"}
+        own |= {"tokens_per_micro_batch", "gpu_memory_limit_gib", "base_precision"}
         settings = {}
         for name in (
             item.name for item in fields(TrainingArguments) if item.name not in own and hasattr(theirs, item.name)
@@ -567,7 +580,9 @@ def _token_count(value: Any) -> str:
 def _tracker_names(value: str | list[str] | None) -> list[str]:
     names = [name for name in name_list(value) if name != "none"]
     if "all" in names:
-        return [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
+        names = [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
+    if os.environ.get(KUBEFLOW_SERVER) and "kubeflow" not in names:
+        names.append("kubeflow")
     return names
 
 

@@ -228,7 +228,11 @@ class Run:
 
     def _halve(self, micro_batch: MicroBatch) -> list[MicroBatch] | None:
         trainer = self.trainer
-        parts = trainer.cutter.split(micro_batch)
+        parts: list[MicroBatch] | None = trainer.cutter.split(micro_batch)
+        if parts is None and trainer.path.name == "packed" and trainer.path.plan.keep_less():
+            step = trainer.state.global_step + 1
+            trainer.notices.say(f"out of memory at step {step}: from here on layers are run again in the backward pass")
+            return [micro_batch]
         if parts is not None:
             trainer.cut |= trainer.cutter.record()
             trainer.notices.say(

@@ -37,6 +37,7 @@ from etude.hooks.search import SearchHooks
 from etude.interrupts import Interrupts
 from etude.model import adapter
 from etude.model import loss as model_loss
+from etude.model.memory import memory_limit
 from etude.model.neftune import add_embedding_noise
 from etude.notices import Notices
 from etude.observe.console import PrinterCallback, ProgressCallback
@@ -122,6 +123,7 @@ class Trainer(
         self.args.validate()
         _refuse_contradictions(self, model, model_init, optimizers, optimizer_cls_and_kwargs, eval_dataset)
         _seed_everything(self.args)
+        _use_log_level(self.args)
         self.model_init = model_init
         self.notices = Notices(quiet=not self.args.should_log or self.args.log_level in ("error", "critical"))
         self.create_accelerator_and_postprocess()
@@ -272,10 +274,12 @@ class Trainer(
         if self.precision.autocast_dtype is not None:
             keep_trainable_in_float32(self.model)
         _use_settings_for_training(self.model, args, until_the_end)
+        _align_special_tokens(self.model, self.processing_class)
         if self.neftune_noise_alpha is not None:
             until_the_end.callback(add_embedding_noise(self.model, self.neftune_noise_alpha))
         self.model_wrapped = self._wrap_model(self.model)
         use_number_settings(args, until_the_end)
+        until_the_end.enter_context(memory_limit(args.device, args.gpu_memory_limit_gib))
         loader = self.get_train_dataloader()
         plan = self._plan(loader)
         interrupts = until_the_end.enter_context(Interrupts(Path(self._get_output_dir(trial))))
@@ -456,6 +460,14 @@ def _seed_everything(args: TrainingArguments) -> None:
     set_seed(args.seed)
 
 
+def _use_log_level(args: TrainingArguments) -> None:
+    """Set the level of transformers' logger where one was asked for."""
+    from transformers.utils import logging
+
+    if (args.log_level if args.should_log else args.log_level_replica) != "passive":
+        logging.set_verbosity(args.get_process_log_level())
+
+
 def _use_settings_for_training(model: nn.Module, args: TrainingArguments, until_the_end: ExitStack) -> None:
     """Switch the key-value cache off and activation checkpointing on where asked; the cache setting is put back."""
     config = getattr(model, "config", None)
@@ -471,6 +483,17 @@ def _use_settings_for_training(model: nn.Module, args: TrainingArguments, until_
             trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
         if hasattr(trained, "enable_input_require_grads"):
             trained.enable_input_require_grads()
+
+
+def _align_special_tokens(model: nn.Module, processing_class: Any) -> None:
+    """Write the tokenizer's ids of padding, beginning and end into the model's configurations, as transformers does: a
+    classifier pads by them, and what is generated ends at them."""
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+    from transformers.trainer_utils import align_special_tokens
+
+    is_tokenizer = isinstance(processing_class, (PreTrainedTokenizerBase, ProcessorMixin))
+    if is_tokenizer and hasattr(getattr(model, "config", None), "get_text_config"):
+        align_special_tokens(model, processing_class)
 
 
 def _console_callback(args: TrainingArguments, throughput: ThroughputCallback) -> Any:

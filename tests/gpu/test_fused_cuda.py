@@ -14,7 +14,16 @@ if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
     pytest.skip("needs a CUDA device and Triton", allow_module_level=True)
 
 from etude.kernels import fused
-from fused_checks import Inputs, check_gate, check_rms_norm, check_rms_norm_backward, check_rotate
+from fused_checks import (
+    Inputs,
+    check_accumulate,
+    check_copy_rows,
+    check_gate,
+    check_gather,
+    check_rms_norm,
+    check_rms_norm_backward,
+    check_rotate,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -55,6 +64,24 @@ def test_rotate(inputs: Inputs, T: int, H: int, d: int, norm: bool, in_place: bo
 @pytest.mark.parametrize(("T", "F", "apart"), [(1, 33, 0), (7, 130, 6), (4096, 3072, 64), (1024, 14336, 32)])
 def test_gate(inputs: Inputs, T: int, F: int, apart: int, activation: str, in_place: bool) -> None:
     check_gate(inputs, T, F, activation=activation, in_place=in_place, apart=apart)
+
+
+@pytest.mark.parametrize(("T", "R"), [(1, 1), (7, 24), (700, 5), (16384, 48)])
+def test_copy_rows(inputs: Inputs, T: int, R: int) -> None:
+    check_copy_rows(inputs, T, R)
+
+
+def test_gather(inputs: Inputs) -> None:
+    check_gather(inputs)
+
+
+@pytest.mark.parametrize("column_factor", [False, True])
+@pytest.mark.parametrize(
+    ("I", "members"),
+    [(33, [(10, 1)]), (100, [(40, 8), (20, 0), (24, 3)]), (4096, [(4096, 16), (1024, 16), (1024, 64)])],
+)
+def test_accumulate(inputs: Inputs, I: int, members: list[tuple[int, int]], column_factor: bool) -> None:  # noqa: E741
+    check_accumulate(inputs, I, members, column_factor=column_factor)
 
 
 def test_gates_beyond_32_bits() -> None:

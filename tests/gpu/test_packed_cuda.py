@@ -12,7 +12,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from etude.kernels.attention import FLEX, PER_SEQUENCE, VARLEN, AttentionRule, Segments, segment_attention
 from etude.kernels.cross_entropy import linear_cross_entropy
-from etude.model.packing import pack
+from etude.model.graphs import fill_slots, slots_of
+from etude.model.packing import PackedBatch, pack
 from etude.model.paths import GeneralPath, PackedPath, choose_path
 from tiny import IGNORED, Batch, Padded, language_rows, tiny_gemma3, tiny_llama, tiny_qwen3, with_lora
 
@@ -106,6 +107,88 @@ def test_bfloat16_is_as_close_to_float32_as_the_padded_model(name: str, autocast
     their_distance = distance(loss_and_gradients(model, theirs), reference)
     assert our_distance[0] < 2 * their_distance[0] + 5e-3
     assert our_distance[1] < 1.5 * their_distance[1] + 1e-2
+
+
+def half_path(model: nn.Module, batch: Batch) -> PackedPath:
+    path = choose_path(model, fast_path=True, overridden=(), sample_inputs=batch, training_dtype=torch.bfloat16)
+    assert isinstance(path, PackedPath) and path.kernel == VARLEN, path.reasons
+    assert path.plan.blocks, path.reasons
+    return path
+
+
+def half_with_float32_adapters(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = with_lora(MODELS[name][0]().bfloat16(), task_type="CAUSAL_LM", init_lora_weights=False)
+    return model.train().cuda()
+
+
+def half_loss(path: PackedPath, model: nn.Module, batch: Batch | PackedBatch) -> Tensor:
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        return path.loss(model, batch, 100)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3, window 4"])
+def test_gradients_added_in_place_are_those_of_autograd(name: str) -> None:
+    model, batch = half_with_float32_adapters(name), cuda_batch()
+    path = half_path(model, batch)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = loss_and_gradients(model, half_loss(path, model, batch))
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    places = [parameter.grad for parameter in trained]
+    path.plan.accumulate_in_place()
+    loss = half_loss(path, model, batch)
+    loss.backward()
+    assert all(p.grad is place for p, place in zip(trained, places, strict=True))
+    added = torch.cat([(p.grad - 1).flatten() for p in trained if p.grad is not None]).double()
+    off_loss, off_gradients = distance((loss.detach().double(), added), expected)
+    assert off_loss < 1e-6 and off_gradients < 5e-3
+
+    with torch.no_grad():  # an update, where they lie: all new adapters are taken over in one launch
+        for parameter in trained:
+            parameter.mul_(1.1)
+    other = copy.deepcopy(model)
+    ours = half_loss(path, model, batch).detach().double()
+    path.plan.undo()
+    theirs = half_loss(half_path(other, batch), other, batch).detach().double()
+    assert float((ours - theirs).abs() / theirs) < 1e-6
+    assert float((ours - expected[0]).abs() / theirs) > 1e-4
+
+
+def test_a_copy_made_during_a_run_is_independent() -> None:
+    model, batch = half_with_float32_adapters("llama"), cuda_batch()
+    path = half_path(model, batch)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    path.plan.accumulate_in_place()
+    half_loss(path, model, batch).backward()
+    gradients = [p.grad.clone() for p in trained if p.grad is not None]
+    other = copy.deepcopy(model)
+    own = half_path(other, batch)
+    half_loss(own, other, batch).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(trained, gradients, strict=True) if p.grad is not None)
+    assert all(p.grad is not None and bool(p.grad.any()) for p in other.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("num_samples", [33, 3])
+def test_slots_that_are_left_over_change_nothing(num_samples: int) -> None:
+    """Also where they are more than the longest sample: no row of them may hold what happened to be in memory."""
+    model = half_with_float32_adapters("llama")
+    path = half_path(model, cuda_batch())
+    lengths = (1000,) * num_samples
+    tokens = torch.randint(4, 64, (1, sum(lengths)))
+    positions = torch.arange(1000).repeat(num_samples)[None] % 128
+    ends = torch.arange(0, sum(lengths) + 1, 1000, dtype=torch.int32)
+    labelled = torch.arange(0, sum(lengths) - 1, 7)
+    batch = PackedBatch(tokens, positions, ends, lengths, labelled, tokens[0, labelled + 1])
+    expected = loss_and_gradients(model, half_loss(path, model, batch.to("cuda")))
+    junk = [torch.full((2**22,), float("nan"), device="cuda") for _ in range(64)]
+    del junk
+    filled = fill_slots(batch, slots_of(batch)).to("cuda")
+    ours = loss_and_gradients(model, half_loss(path, model, filled))
+    off_loss, off_gradients = distance(ours, expected)
+    assert off_loss < 1e-4 and off_gradients < 1e-2
 
 
 @pytest.mark.parametrize(

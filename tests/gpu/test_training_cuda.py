@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from etude import Trainer, TrainingArguments
+from etude import Trainer, TrainerCallback, TrainingArguments
+from etude.errors import NonFiniteError
 from etude.model.adapter import read_tensors
-from tiny import Padded, language_rows, tiny_llama, with_lora
+from etude.optim.finite import CheckLate
+from tiny import Padded, adapter_of, assert_same_bits, language_rows, tiny_llama, with_lora
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,9 +23,10 @@ pytestmark = [
 ]
 
 
-def trainer(folder: Path, *, wide: bool = False, **settings: Any) -> Trainer:
+def trainer(folder: Path, *, wide: bool = False, half: bool = False, **settings: Any) -> Trainer:
     shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64} if wide else {}
-    model = with_lora(tiny_llama(**shape), task_type="CAUSAL_LM")
+    base = tiny_llama(**shape)
+    model = with_lora(base.bfloat16() if half else base, task_type="CAUSAL_LM")
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -87,6 +91,80 @@ def test_graphs_give_what_the_layers_give_without(tmp_path: Path, compiled: bool
     plain.train()
     assert counts[-1] > 0
     assert losses(graphed) == pytest.approx(losses(plain), rel=2e-3)
+
+
+BAD_STEP = 6
+HALF: dict[str, Any] = {"wide": True, "half": True, "bf16": True}
+
+
+class Spoil(TrainerCallback):
+    """Puts a NaN into a frozen weight when a step begins, and remembers the adapter as it was then."""
+
+    adapter: dict[str, torch.Tensor]
+    check: Any = None
+
+    def __init__(self, trainer: Trainer, part_of_name: str | None) -> None:
+        self.trainer, self.part_of_name = trainer, part_of_name
+
+    @torch.no_grad()
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == BAD_STEP:
+            self.adapter = adapter_of(kwargs["model"])
+            self.check = self.trainer._run.gradient.finite_check
+            assert self.trainer.path.name == "packed" and len(self.trainer.path.plan.blocks) == 2
+            for name, parameter in kwargs["model"].named_parameters():
+                if self.part_of_name is not None and self.part_of_name in name:
+                    parameter.fill_(math.nan)
+
+
+def assert_stopped(trained: Trainer, spoil: Spoil) -> NonFiniteError:
+    trained.add_callback(spoil)
+    with pytest.raises(NonFiniteError) as caught:
+        trained.train()
+    assert isinstance(spoil.check, CheckLate)
+    assert caught.value.step == BAD_STEP and str(caught.value).startswith(f"step {BAD_STEP}")
+    assert_same_bits(adapter_of(trained.model), spoil.adapter)
+    assert all(math.isfinite(loss) for loss in losses(trained))
+    folder = Path(trained.args.output_dir)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4"]
+    return caught.value
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100], ids=["logged", "after the next step"])
+@pytest.mark.parametrize(
+    "settings", [{}, HALF | {"cuda_graphs": False}, HALF | {"cuda_graphs": True}], ids=["fp32", "bf16", "graphs"]
+)
+@pytest.mark.parametrize("max_steps", [12, BAD_STEP], ids=["midway", "in the last step"])
+def test_a_nan_stops_the_run_before_its_update(
+    tmp_path: Path, settings: dict[str, Any], logging_steps: int, max_steps: int
+) -> None:
+    """Whether the answer is read at once or only when the next step has been computed."""
+    trained = trainer(tmp_path, logging_steps=logging_steps, max_steps=max_steps, **settings)
+    error = assert_stopped(trained, Spoil(trained, "model.norm.weight"))
+    assert "the loss is nan" in str(error) and error.micro_batch == 0 and error.rows
+
+
+def test_a_nan_in_the_gradient_alone(tmp_path: Path) -> None:
+    trained = trainer(tmp_path, logging_steps=100, cuda_graphs=False, **HALF)
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor | None:
+        return gradient * math.nan if trained.state.global_step + 1 == BAD_STEP else None
+
+    next(p for name, p in trained.model.named_parameters() if "lora_B" in name).register_hook(spoil)
+    assert "the gradient norm is nan" in str(assert_stopped(trained, Spoil(trained, None)))
+
+
+def test_hooks_on_parameters_are_called(tmp_path: Path) -> None:
+    """Those who have some keep autograd's accumulation; the others add to their gradients in place."""
+    plain = trainer(tmp_path / "plain", cuda_graphs=False, **HALF)
+    plain.train()
+    hooked = trainer(tmp_path / "hooked", cuda_graphs=False, **HALF)
+    arrived: list[torch.Tensor] = []
+    parameter = next(p for name, p in hooked.model.named_parameters() if "k_proj.lora_A" in name)
+    parameter.register_post_accumulate_grad_hook(arrived.append)
+    hooked.train()
+    assert len(arrived) >= 12 and all(tensor is parameter for tensor in arrived)
+    assert losses(hooked) == pytest.approx(losses(plain), rel=2e-3)
 
 
 def test_fp16_overflow_skips_the_step_and_goes_on(tmp_path: Path) -> None:

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from etude.kernels.reference import GELU_TANH, SILU
-from fused_checks import Inputs, check_gate, check_rms_norm, check_rms_norm_backward, check_rotate
+from fused_checks import (
+    Inputs,
+    check_accumulate,
+    check_copy_rows,
+    check_gate,
+    check_gather,
+    check_rms_norm,
+    check_rms_norm_backward,
+    check_rotate,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -43,3 +52,20 @@ def test_rotate(inputs: Inputs, T: int, H: int, d: int, norm: bool, in_place: bo
 @pytest.mark.parametrize(("T", "F", "apart"), [(1, 33, 0), (7, 130, 16), (2, 1030, 6)])
 def test_gate(inputs: Inputs, T: int, F: int, apart: int, activation: str, in_place: bool) -> None:
     check_gate(inputs, T, F, activation=activation, in_place=in_place, apart=apart)
+
+
+@pytest.mark.parametrize(("T", "R"), [(1, 1), (7, 24), (700, 5)])
+def test_copy_rows(inputs: Inputs, T: int, R: int) -> None:
+    check_copy_rows(inputs, T, R)
+
+
+def test_gather(inputs: Inputs) -> None:
+    check_gather(inputs)
+
+
+@pytest.mark.parametrize("column_factor", [False, True])
+@pytest.mark.parametrize(
+    ("I", "members"), [(33, [(10, 1)]), (100, [(40, 8), (20, 0), (24, 3)]), (1100, [(64, 4), (32, 4)])]
+)
+def test_accumulate(inputs: Inputs, I: int, members: list[tuple[int, int]], column_factor: bool) -> None:  # noqa: E741
+    check_accumulate(inputs, I, members, column_factor=column_factor)

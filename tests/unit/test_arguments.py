@@ -25,7 +25,10 @@ from etude.errors import ConfigError, UnknownArgumentError
 
 THEIR_FIELDS = {item.name: item for item in dataclasses.fields(transformers.TrainingArguments)}
 OUR_FIELDS = {item.name: item for item in dataclasses.fields(TrainingArguments)}
-OUR_OWN = {"cuda_graphs", "on_nonfinite", "deterministic", "hf_checkpoint_files", "tokens_per_micro_batch", "fast_path"}
+OUR_OWN = {
+    "cuda_graphs", "on_nonfinite", "deterministic", "hf_checkpoint_files", "tokens_per_micro_batch",
+    "gpu_memory_limit_gib", "base_precision", "fast_path",
+}  # fmt: skip
 NEW_IN_5_23 = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # the oldest supported version is 5.17
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in THEIR_FIELDS else "gradient_checkpointing"
 LEFT_OUT_BY_THEM = {"warmup_ratio", "logging_dir", "overwrite_output_dir"}
@@ -252,7 +255,7 @@ ACCEPTED = {
     "mp_parameters": "x",
     "fsdp_min_num_params": 5,
     "fsdp_transformer_layer_cls_to_wrap": "Block",
-    "torch_compile_backend": "inductor",
+    "torch_compile_backend": "aot_eager",
     "torch_compile_mode": "max-autotune",
     "use_liger_kernel": True,
     "liger_kernel_config": {"rope": True},
@@ -402,6 +405,7 @@ def test_the_nan_filter_given_explicitly_lets_training_go_on() -> None:
         ({"train_sampling_strategy": "batch_rebalance"}, ["train_sampling_strategy: ", "tokens"]),
         ({"train_sampling_strategy": "randm"}, ["train_sampling_strategy: ", "did you mean 'random'"]),
         ({"log_level": "loud"}, ["log_level: "]),
+        ({"base_precision": "int8"}, ["base_precision: ", "fp8"]),
         ({"on_nonfinite": "stopp"}, ["on_nonfinite: ", "did you mean 'stop'"]),
         ({"include_for_metrics": ["input"]}, ["include_for_metrics: ", "did you mean 'inputs'"]),
         ({"include_num_input_tokens_seen": "some"}, ["include_num_input_tokens_seen: "]),

@@ -12,12 +12,20 @@ from torch import nn
 from etude.cut import AsCollated, Packed
 from etude.data.batching import count_items
 from etude.errors import DataError
+from etude.estimates import optimizer_state_bytes
 from etude.hooks.base import Composition, accepts, as_tuple
+from etude.kernels.cross_entropy import GPU_ROWS
 from etude.kernels.plan import CompileSwitch
 from etude.model import loss as model_loss
 from etude.model.graphs import GraphedLoss, graph_obstacle, launch_bound_tokens
-from etude.model.memory import TokenBudget
+from etude.model.memory import LayerBytes, MemoryPlan, TokenBudget, free_memory, plan_memory
 from etude.model.packing import PackedBatch
+
+OUTSIDE_BYTES_PER_WIDTH = 24
+"""Per token and unit of the hidden size, outside the layers: embeddings, last norm, labelled rows and their gradient."""
+
+SPARE_BYTES = 192 * 2**20
+"""Workspaces of the matrix products and the like."""
 
 DETERMINISTIC_TOKENS = 8192
 """Token budget of a deterministic run on a GPU, where none is given."""
@@ -58,8 +66,9 @@ class ForwardHooks(Composition):
             overridden=overridden,
             sample_inputs=dict(on_device) if isinstance(on_device, Mapping) else {},
             training_dtype=self.precision.autocast_dtype,
+            base_precision=self.args.base_precision,
         )
-        self.cutter = self._build_cutter(recorded)
+        self.cutter = self._build_cutter(recorded, on_device)
         self.cut |= {"path": self.path.name, **self.cutter.record()}
         self.notices.say(f"{self.path.name} path: {'; '.join(self.path.reasons)}")
         for name, was in recorded.items():
@@ -70,14 +79,43 @@ class ForwardHooks(Composition):
         if self.path.name == "general" and self._divides_by_items is None:
             self._divides_by_items = model_loss.divides_by_num_items(self.model, on_device, self.precision.autocast())
 
-    def _build_cutter(self, recorded: Mapping[str, Any]) -> AsCollated | Packed:
+    def _build_cutter(self, recorded: Mapping[str, Any], inputs: Any) -> AsCollated | Packed:
         as_collated = AsCollated(self.shifts_labels, recorded.get("rows_per_micro_batch"))
         if self.path.name != "packed":
             return as_collated
         given = self.args.tokens_per_micro_batch or recorded.get("tokens_per_micro_batch")
         if given is None and self.args.deterministic and self.args.device.type == "cuda":
             given = DETERMINISTIC_TOKENS  # a measured budget could be another in the next run
+        if self.path.plan.blocks and self.args.device.type == "cuda":
+            given = self._plan_memory(given, longest=int(inputs["attention_mask"].sum(dim=1).max()))
         return Packed(TokenBudget(self.args.device, given), as_collated)
+
+    def _plan_memory(self, wanted_tokens: int | None, *, longest: int) -> int:
+        """Decide what our own layers keep for the backward pass; returns the token budget."""
+        plan, device = self.path.plan, self.args.device
+        memory_plan: MemoryPlan = plan_memory(
+            free_memory(device) - self._bytes_to_come(),
+            LayerBytes(*plan.layer_bytes()),
+            len(plan.blocks),
+            OUTSIDE_BYTES_PER_WIDTH * plan.blocks[0].qkv.in_features,
+            wanted_tokens,
+            longest,
+        )
+        if self.args.gradient_checkpointing or self.args.activation_checkpointing:
+            memory_plan = MemoryPlan(memory_plan.tokens, num_recomputed=len(plan.blocks))
+        plan.keep(num_recomputed=memory_plan.num_recomputed, num_without_gates=memory_plan.num_without_gates)
+        self.notices.say(memory_plan.describe(len(plan.blocks)))
+        return memory_plan.tokens
+
+    def _bytes_to_come(self) -> int:
+        """Gradients, the optimizer's state, and a chunk of logits with what its gradient needs."""
+        assert self.optimizer is not None
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        has_state = any(self.optimizer.state.values())
+        state = 0 if has_state else optimizer_state_bytes(str(self.args.optim)) * trained
+        vocabulary: int = self.model.get_input_embeddings().num_embeddings
+        total: int = 4 * trained + state + 2 * GPU_ROWS * vocabulary + SPARE_BYTES
+        return total
 
     def build_compile_switch(self, max_steps: int) -> CompileSwitch | None:
         """When the decoder layers are compiled; None on the general path. A deterministic run never decides by the clock."""
@@ -99,7 +137,7 @@ class ForwardHooks(Composition):
             return None
         path, model = self.path, self.model_wrapped
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        most_tokens = launch_bound_tokens(num_parameters, has_blocks=bool(path.plan.blocks))
+        most_tokens = launch_bound_tokens(num_parameters)
         self.notices.say(f"CUDA graphs for micro-batches of up to {most_tokens:,} tokens")
         return GraphedLoss(
             lambda batch: path.loss(model, batch, 1), self.compute_loss_context_manager, self.args.device, most_tokens

@@ -13,6 +13,8 @@ Legend: T tokens, D hidden size, H query heads, K key/value heads, d head size, 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from etude.kernels.projection import Projection, operations
 
-MOST_FUSED_RANKS = 32
-"""Up to here the update's part of a gradient is added where that is used next; above, the matrix units are faster."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q (T, H, d), k and v (T, K, d) -> (T, H d)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,19 @@ class Block:
     def __post_init__(self) -> None:
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
 
+    def bytes_per_token(self, *, keeps_gates: bool) -> tuple[int, int]:
+        """What is kept of a token between forward and backward pass, and what the backward pass needs for a moment."""
+        width, gates = self.qkv.in_features, self.gate_up.out_features
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        ranks = sum(projection.rank for projection in self.projections)
+        kept = 2 * width + (queries + 2 * keys) + queries + ranks + (gates if keeps_gates else 0)
+        if self.query_norm is not None:
+            kept += queries + keys
+        kept += width * ((self.attention_norm is not None) + (self.down_norm is not None))
+        passing = 2 * gates + gates // 2 + 3 * width + queries
+        scales = 4 * (4 + self.num_heads)
+        return kept * self.qkv.dtype.itemsize + scales, passing * self.qkv.dtype.itemsize
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -103,35 +118,49 @@ class Block:
     def run(self, h_TD: Tensor, position_embeddings: Any, **options: Any) -> Tensor:
         """The layer's output (T, D); `options` are for the attention function."""
         cos, sin = (embedding[0] for embedding in position_embeddings)
+        attend = self._attention(options)
         if self.recomputes and torch.is_grad_enabled():
             parameters = [p for projection in self.projections for p in projection.parameters]
-            result: Tensor = _Recomputed.apply(self, options, h_TD, cos, sin, *parameters)  # type: ignore[no-untyped-call]
+            result: Tensor = _Recomputed.apply(self, attend, h_TD, cos, sin, *parameters)  # type: ignore[no-untyped-call]
             return result
-        return self._run(h_TD, cos, sin, options, only_for_backward=False)
+        return self._run(h_TD, cos, sin, attend, only_for_backward=False)
 
-    def _run(self, h_TD: Tensor, cos: Tensor, sin: Tensor, options: Any, *, only_for_backward: bool) -> Tensor:
+    def _run(self, h_TD: Tensor, cos: Tensor, sin: Tensor, attend: Attend, *, only_for_backward: bool) -> Tensor:
         query, key, value, h_TD = _AttentionInput.apply(self, h_TD, cos, sin, *self.qkv.parameters)  # type: ignore[no-untyped-call]
-        attended = self._attend(query, key, value, options)
+        attended = attend(query, key, value)
         middle_TD = _AttentionOutput.apply(self, attended, h_TD, *self.output.parameters)  # type: ignore[no-untyped-call]
         parameters = (*self.gate_up.parameters, *self.down.parameters)
         output: Tensor = _Gated.apply(self, only_for_backward, middle_TD, *parameters)  # type: ignore[no-untyped-call]
         return output
 
-    def _attend(self, query_THd: Tensor, key_TKd: Tensor, value_TKd: Tensor, options: Any) -> Tensor:
+    def _attention(self, options: dict[str, Any]) -> Attend:
+        """The attention function that the model's config names now; a layer that is run again in the backward pass takes
+        the same one, when the config may long name another."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         module: Any = self.attention
-        attention = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
-        attended, _ = attention(
+        function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+        return functools.partial(self._attend, function, options)
+
+    def _attend(self, function: Any, options: Any, query_THd: Tensor, key_TKd: Tensor, value_TKd: Tensor) -> Tensor:
+        module: Any = self.attention
+        attended, _ = function(
             module,
             *(tensor.transpose(0, 1)[None] for tensor in (query_THd, key_TKd, value_TKd)),
             None,
             dropout=module.attention_dropout if module.training else 0.0,
             scaling=module.scaling,
-            sliding_window=getattr(module, "sliding_window", None),
+            sliding_window=window_of(module),
             **options,
         )
         return cast(Tensor, attended).reshape(attended.shape[1], -1)
+
+
+def window_of(attention: Any) -> int | None:
+    """The sliding window of an attention module: its own, or that of all layers (Mistral)."""
+    owner = attention if hasattr(attention, "sliding_window") else attention.config
+    window: int | None = getattr(owner, "sliding_window", None)
+    return window
 
 
 def _rows_of(gradient: Tensor) -> Tensor:
@@ -145,19 +174,19 @@ class _AttentionInput(torch.autograd.Function):
     def forward(
         ctx: Any, block: Block, h_TD: Tensor, cos: Tensor, sin: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kernels, norm, tokens = operations(h_TD.device), block.input_norm, h_TD.shape[0]
+        kernels, norm = operations(h_TD.device), block.input_norm
         with torch.autocast(h_TD.device.type, enabled=False):
-            buffer = block.qkv.input_buffer(tokens)
-            scale_T = kernels.rms_norm(h_TD, norm.weight, norm.offset, norm.eps, buffer[:, : h_TD.shape[1]])
-            qkv, reduced = block.qkv.forward(buffer)
-            query, key, value = _split_heads(block, qkv)
+            x, scale_T = block.qkv.norm_input(h_TD, norm.weight, norm.offset, norm.eps)
+            qkv, reduced = block.qkv.forward(x)
+            # Heads get tensors of their own: attention kernels give gradients in the layout of what they were given, and
+            # one that is a part of wider rows would be copied.
             saved: list[Tensor | None] = [h_TD, scale_T, reduced, cos, sin]
-            for name, heads, head_norm in (("query", query, block.query_norm), ("key", key, block.key_norm)):
-                out = heads if head_norm is None else torch.empty_like(heads, memory_format=torch.contiguous_format)
-                arguments = () if head_norm is None else (head_norm.weight, head_norm.offset, head_norm.eps)
-                scale_TH = kernels.rotate(heads, cos, sin, out, *arguments)
-                saved += [heads if head_norm is not None else None, scale_TH]
-                query, key = (out, key) if name == "query" else (query, out)
+            query, key, value = _split_heads(block, qkv)
+            query, *saved_query = _rotated(query, cos, sin, block.query_norm)
+            key, *saved_key = _rotated(key, cos, sin, block.key_norm)
+            value, same_value = torch.empty_like(value, memory_format=torch.contiguous_format), value
+            kernels.copy_rows(same_value.flatten(1), value.flatten(1))
+            saved += [*saved_query, *saved_key]
         ctx.block = block
         ctx.save_for_backward(*saved)
         return query, key, value, h_TD
@@ -178,7 +207,7 @@ class _AttentionInput(torch.autograd.Function):
         ):
             arguments = () if norm is None else (heads, norm.weight, norm.offset, scale_TH)
             kernels.rotate_backward(_rows_of(gradient), cos, sin, out, *arguments)
-        into_value.copy_(value_grad)
+        kernels.copy_rows(_rows_of(value_grad).flatten(1), into_value.flatten(1))
         norm = block.input_norm
         h_grad = None
         if ctx.needs_input_grad[1]:
@@ -219,15 +248,13 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, block: Block, only_for_backward: bool, middle_TD: Tensor, *parameters: Tensor) -> Tensor:
-        kernels = operations(middle_TD.device)
         with torch.autocast(middle_TD.device.type, enabled=False):
             gates, scale_T, reduced = _gates(block, middle_TD)
-            buffer = block.down.input_buffer(middle_TD.shape[0])
-            kernels.gate(gates, block.activation, buffer[:, : block.down.in_features])
+            x = block.down.gate_input(gates, block.activation)
             if only_for_backward and block.down_norm is None:  # its output is known already
-                output, saved = torch.empty_like(middle_TD), [block.down.down(buffer), None, None]
+                output, saved = torch.empty_like(middle_TD), [block.down.down(x), None, None]
             else:
-                output, *saved = _with_residual(block.down, buffer, middle_TD, block.down_norm)
+                output, *saved = _with_residual(block.down, x, middle_TD, block.down_norm)
         ctx.block = block
         ctx.save_for_backward(middle_TD, scale_T, reduced, gates if block.keeps_gates else None, *saved)
         return output
@@ -241,11 +268,9 @@ class _Gated(torch.autograd.Function):
         if gates is None:
             gates, _, _ = _gates(block, middle_TD)
         down_grad = _undo_norm(grad, block.down_norm, product, product_scale_T)
-        adds_update = block.down.rank > MOST_FUSED_RANKS
-        gated_grad, reduced_down_grad = block.down.backward(down_grad, adds_update=adds_update)
-        update = (reduced_down_grad, block.down.A) if block.down.rank and not adds_update else ()
+        gated_grad, reduced_down_grad = block.down.backward(down_grad)
         gates_grad = torch.empty_like(gates)
-        kernels.gate_backward(gated_grad, gates, block.activation, gates_grad, gated_grad, *update)
+        kernels.gate_backward(gated_grad, gates, block.activation, gates_grad, gated_grad)
         # From here on `gated_grad` holds f(g) * u, the input of the last projection.
         of_down = block.down.adapter_gradients(down_grad, reduced_down, reduced_down_grad, gated_grad)
         x_grad, reduced_grad = block.gate_up.backward(gates_grad)
@@ -260,11 +285,11 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, block: Block, options: Any, h_TD: Tensor, cos: Tensor, sin: Tensor, *parameters: Tensor
+        ctx: Any, block: Block, attend: Attend, h_TD: Tensor, cos: Tensor, sin: Tensor, *parameters: Tensor
     ) -> Tensor:
-        ctx.block, ctx.options, ctx.needs_h = block, options, h_TD.requires_grad
+        ctx.block, ctx.attend, ctx.needs_h = block, attend, h_TD.requires_grad
         ctx.save_for_backward(h_TD, cos, sin)
-        return block._run(h_TD, cos, sin, options, only_for_backward=False)
+        return block._run(h_TD, cos, sin, attend, only_for_backward=False)
 
     @staticmethod
     @once_differentiable
@@ -272,23 +297,29 @@ class _Recomputed(torch.autograd.Function):
         h_TD, cos, sin = ctx.saved_tensors
         with torch.enable_grad():
             h_TD = h_TD.detach().requires_grad_(ctx.needs_h)
-            output = ctx.block._run(h_TD, cos, sin, ctx.options, only_for_backward=True)
+            output = ctx.block._run(h_TD, cos, sin, ctx.attend, only_for_backward=True)
         torch.autograd.backward(output, grad)
         return None, None, h_TD.grad, None, None, *(None for _ in ctx.needs_input_grad[5:])
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """[Normed and] rotated heads, and what undoing the norm needs: the heads as they were and their scales."""
+    out = torch.empty_like(heads, memory_format=torch.contiguous_format)
+    arguments = () if norm is None else (norm.weight, norm.offset, norm.eps)
+    scale_TH = operations(heads.device).rotate(heads, cos, sin, out, *arguments)
+    return out, None if norm is None else heads, scale_TH
 
 
 def _gates(block: Block, middle_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[g, u] (T, 2F), the scales of the norm (T) and norm(m) A^T (T, R)."""
     norm = block.gated_norm
-    buffer = block.gate_up.input_buffer(middle_TD.shape[0])
-    place = buffer[:, : middle_TD.shape[1]]
-    scale_T = operations(middle_TD.device).rms_norm(middle_TD, norm.weight, norm.offset, norm.eps, place)
-    gates, reduced = block.gate_up.forward(buffer)
+    x, scale_T = block.gate_up.norm_input(middle_TD, norm.weight, norm.offset, norm.eps)
+    gates, reduced = block.gate_up.forward(x)
     return gates, scale_T, reduced
 
 
 def _with_residual(
-    projection: Projection, x: Tensor, residual: Tensor, norm: Norm | None
+    projection: Projection, x: Any, residual: Tensor, norm: Norm | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """residual + [norm](x W^T), x A^T, and what undoing the norm needs."""
     if norm is None:
@@ -296,7 +327,7 @@ def _with_residual(
         return output, reduced, None, None
     product, reduced = projection.forward(x)
     output = torch.empty_like(residual)
-    scale_T = operations(x.device).rms_norm(product, norm.weight, norm.offset, norm.eps, output, residual)
+    scale_T = operations(product.device).rms_norm(product, norm.weight, norm.offset, norm.eps, output, residual)
     return output, reduced, product, scale_T
 
 

@@ -32,9 +32,6 @@ GATE_COLUMNS, GATE_WARPS = 1024, 4
 
 COPY_ELEMENTS = 4096
 
-GATE_TILE_ROWS, GATE_TILE_COLUMNS = 8, 256
-"""A tile of rows where a product of low rank is added, so that A is read once for all of them."""
-
 
 def rms_norm(
     h_TD: Tensor, weight_D: Tensor, offset: float, eps: float, out_TD: Tensor, residual_TD: Tensor | None = None
@@ -117,25 +114,13 @@ def gate(gate_up_T2F: Tensor, activation: str, out_TF: Tensor) -> None:
     )  # fmt: skip
 
 
-def gate_backward(
-    grad_TF: Tensor,
-    gate_up_T2F: Tensor,
-    activation: str,
-    out_T2F: Tensor,
-    product_TF: Tensor,
-    reduced_TR: Tensor | None = None,
-    A_RF: Tensor | None = None,
-) -> None:
+def gate_backward(grad_TF: Tensor, gate_up_T2F: Tensor, activation: str, out_T2F: Tensor, product_TF: Tensor) -> None:
     """`reference.gate_backward`; `product` may be `grad`, and `out` may be `gate_up`."""
     T, F = grad_TF.shape
-    rank = 0 if A_RF is None else A_RF.shape[0]
     strides = (grad_TF.stride(0), gate_up_T2F.stride(0), out_T2F.stride(0), product_TF.stride(0))
-    update_strides = (0, 0) if reduced_TR is None or A_RF is None else (reduced_TR.stride(0), A_RF.stride(0))
-    rows, columns = (GATE_TILE_ROWS, GATE_TILE_COLUMNS) if rank else (1, GATE_COLUMNS)
-    _gate_backward[(triton.cdiv(T, rows) * triton.cdiv(F, columns),)](
-        grad_TF, gate_up_T2F, out_T2F, product_TF, reduced_TR, A_RF, *strides, *update_strides, T, F,
-        activation == SILU, rank, rows, columns, num_warps=GATE_WARPS,
-    )  # fmt: skip
+    _gate_backward[(T * triton.cdiv(F, GATE_COLUMNS),)](
+        grad_TF, gate_up_T2F, out_T2F, product_TF, *strides, F, activation == SILU, GATE_COLUMNS, num_warps=GATE_WARPS
+    )
 
 
 def copy_rows(source_TR: Tensor, out_TR: Tensor) -> None:
@@ -372,43 +357,32 @@ def _gate_backward(
     gate_up: tl.tensor,
     out: tl.tensor,
     product: tl.tensor,
-    reduced: tl.tensor,
-    A: tl.tensor,
     grad_stride: int,
     gate_up_stride: int,
     out_stride: int,
     product_stride: int,
-    reduced_stride: int,
-    A_stride: int,
-    T: int,
     F: tl.constexpr,
     IS_SILU: tl.constexpr,
-    RANK: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     blocks = tl.cdiv(F, COLUMNS)
-    rows = ((tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    columns = ((tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    inside = (rows < T) & (columns < F)
-    places = gate_up + rows * gate_up_stride + columns
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < F
+    places = gate_up + row * gate_up_stride + columns
     x = tl.load(places, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(places + F, mask=inside, other=0.0).to(tl.float32)
-    gradient = tl.load(grad + rows * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    for rank in tl.static_range(RANK):  # few enough that the ordinary units keep up with the memory
-        left = tl.load(reduced + rows * reduced_stride + rank, mask=rows < T, other=0.0).to(tl.float32)
-        right = tl.load(A + rank * A_stride + columns, mask=columns < F, other=0.0).to(tl.float32)
-        gradient += left * right
+    gradient = tl.load(grad + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
     share, rest = _shares(x, IS_SILU)
     activated = x * share
     if IS_SILU:
         slope = share * (1.0 + x * rest)
     else:
         slope = share * (1.0 + x * rest * (1.5957691216057308 * (1.0 + 3 * 0.044715 * x * x)))
-    places = out + rows * out_stride + columns
+    places = out + row * out_stride + columns
     tl.store(places, (gradient * up * slope).to(out.dtype.element_ty), mask=inside)
     tl.store(places + F, (gradient * activated).to(out.dtype.element_ty), mask=inside)
-    tl.store(product + rows * product_stride + columns, (activated * up).to(product.dtype.element_ty), mask=inside)
+    tl.store(product + row * product_stride + columns, (activated * up).to(product.dtype.element_ty), mask=inside)
 
 
 @triton.jit

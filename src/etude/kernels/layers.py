@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,15 +10,36 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from etude.kernels.block import Block, Call, Norm
-from etude.kernels.projection import Projection, lora_parts
+from etude.kernels.fp8 import FP8, Fp8Projection, layer_obstacle
+from etude.kernels.lora import lean_forward, obstacle
+from etude.kernels.projection import Adapter, Projection
+from etude.kernels.quantized import (
+    QuantizedProjection,
+    Workspace,
+    is_quantized_lora,
+    quantized_kind,
+    quantized_obstacle,
+)
 from etude.kernels.reference import GELU_TANH, SILU
 
-TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Largest difference between a block and the model's own layer, of output and gradients, relative to their norm."""
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Largest difference between a block and the model's own layer, of output and gradients, relative to their norm;
+of float64, too, as the models' norms compute in float32 at most."""
 
 
-def block_of(layer: nn.Module, dtype: torch.dtype) -> Block | str:
-    """The layer as a block that computes in `dtype`; otherwise, why not. Changes nothing."""
+def tolerance_of(block: Block, dtype: torch.dtype) -> float:
+    """Largest admitted difference of `compare`: rounding in `dtype`, or what the products are known to differ by."""
+    return max(TOLERANCES[dtype], *(projection.rounding for projection in block.projections))
+
+
+def block_of(
+    layer: nn.Module, dtype: torch.dtype, *, base_precision: str | None = None, workspace: Workspace | None = None
+) -> Block | str:
+    """The layer as a block that computes in `dtype`; otherwise, why not. Changes nothing.
+
+    `base_precision` "fp8" has the frozen products computed in that; `workspace` is where the weights of a quantised base
+    are made, one for all layers of a model.
+    """
     found: Any = layer
     try:
         attention, gated = found.self_attn, found.mlp
@@ -42,18 +64,23 @@ def block_of(layer: nn.Module, dtype: torch.dtype) -> Block | str:
         return "norms other than frozen RMS norms"
     if any(norm is not None and norm.weight.shape != (head_dim,) for norm in head_norms):
         return "norms over all heads"
+    if (reason := _changes(found)) is not None:
+        return reason
     parts: dict[str, Any] = {name: lora_parts(linear) for name, linear in linears.items()}
     for name, part in parts.items():
         if isinstance(part, str):
             return f"{part} ({name}_proj)"
-    if any(part[0].weight.dtype != dtype for part in parts.values()):
-        return f"weights in another type than {str(dtype).removeprefix('torch.')}, in which it computes"
+    if (reason := _weight_obstacle([part[0] for part in parts.values()], dtype, base_precision)) is not None:
+        return reason
+    workspace = Workspace() if workspace is None else workspace
 
-    def project(*names: str, extends_input: bool) -> Projection:
-        chosen = [parts[name] for name in names]
-        return Projection(
-            [part[0] for part in chosen], [part[1] for part in chosen], dtype, extends_input=extends_input
-        )
+    def project(*names: str, extends_input: bool, extends_gradient: bool = False) -> Projection:
+        linears, adapters = [parts[name][0] for name in names], [parts[name][1] for name in names]
+        if base_precision == FP8:
+            return Fp8Projection(linears, adapters, dtype)
+        if any(quantized_kind(linear) for linear in linears):
+            return QuantizedProjection(linears, adapters, dtype, workspace)
+        return Projection(linears, adapters, dtype, extends_input=extends_input, extends_gradient=extends_gradient)
 
     return Block(
         layer=layer,
@@ -66,13 +93,67 @@ def block_of(layer: nn.Module, dtype: torch.dtype) -> Block | str:
         head_dim=head_dim,
         gated_norm=norms[2] if is_sandwich else norms[1],  # type: ignore[arg-type]
         gate_up=project("gate", "up", extends_input=True),
-        down=project("down", extends_input=True),
+        down=project("down", extends_input=True, extends_gradient=True),
         activation=activation,
         query_norm=head_norms[0],
         key_norm=head_norms[1],
         attention_norm=norms[1] if is_sandwich else None,
         down_norm=norms[3] if is_sandwich else None,
     )
+
+
+def _changes(layer: nn.Module) -> str | None:
+    """What a layer does besides what its parts say, or was told to do by others, and a block would leave out."""
+    for module in layer.modules():
+        name, own = type(module).__name__, (type(module).forward, lean_forward)
+        if "forward" in vars(module) and getattr(module.forward, "__func__", None) not in own:
+            return f"the forward of its {name} was replaced"
+        if module is not layer and (module._backward_hooks or module._backward_pre_hooks):
+            return f"hooks on its {name}"
+        for field, value in vars(module).items():
+            if field.endswith("dropout") and field != "attention_dropout" and isinstance(value, float) and value > 0.0:
+                return f"dropout ({field})"
+    return None
+
+
+def lora_parts(module: Any) -> tuple[nn.Linear, Adapter | None] | str:
+    """The linear layer and adapter of a module that is one; otherwise, why it cannot be part of a projection."""
+    from peft.tuners.lora import Linear
+
+    if type(module) is nn.Linear or quantized_kind(module) is not None:
+        return (module, None) if not any(p.requires_grad for p in module.parameters()) else "a trainable weight"
+    if type(module) is not Linear and not is_quantized_lora(module):
+        return f"{type(module).__name__} layers"
+    if (reason := obstacle(module)) is not None:
+        return reason
+    name, base = module.active_adapters[0], module.base_layer
+    if type(base) is not nn.Linear and quantized_kind(base) is None:
+        return f"{type(base).__name__} layers"
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return "a trainable weight"
+    if module.lora_B[name].bias is not None:
+        return "LoRA with a bias"
+    if getattr(module.lora_dropout[name], "p", 0.0) > 0.0:
+        return "LoRA dropout"
+    if module.disable_adapters:
+        return "adapters are disabled"
+    return base, Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+
+
+def _weight_obstacle(linears: list[nn.Linear], dtype: torch.dtype, base_precision: str | None) -> str | None:
+    """Why the weights of these layers cannot be multiplied in `dtype`; None where they can."""
+    if base_precision == FP8:
+        if any(quantized_kind(linear) for linear in linears):
+            return "its base is quantised already"
+        if (reason := layer_obstacle(linears, dtype)) is not None:
+            return reason
+    for linear in linears:
+        if quantized_kind(linear) is None:
+            if linear.weight.dtype != dtype:
+                return f"weights in another type than {str(dtype).removeprefix('torch.')}, in which it computes"
+        elif (reason := quantized_obstacle(linear, dtype)) is not None:
+            return reason
+    return None
 
 
 def _norm(module: Any) -> Norm | None:
@@ -114,7 +195,8 @@ def compare(block: Block, call: Call) -> float:
     The adapters' gradients are compared all together: some of them are zero in an adapter that has not been trained.
     """
     layer: Any = block.layer
-    parameters = [p for projection in block.projections for p in projection.parameters]
+    parameters = [p for projection in block.projections for p in projection.parameters if p.requires_grad]
+    block = replace(block, recomputes=False)  # a layer that is run again adds its gradients to `p.grad`
     direction = (
         torch.linspace(-1, 1, call.hidden.numel(), device=call.hidden.device).view_as(call.hidden).to(call.hidden.dtype)
     )

@@ -5,6 +5,8 @@ Only attributes of instances are set, and every one of them is put back by `undo
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import time
 import types
@@ -19,14 +21,38 @@ from torch import nn
 
 from etude.errors import ModelError
 from etude.kernels.block import Block
-from etude.kernels.layers import TOLERANCES, block_of, compare
+from etude.kernels.layers import block_of, compare, tolerance_of
 from etude.kernels.lora import lean_forward, obstacle
 from etude.kernels.projection import Copy, refresh
+from etude.kernels.quantized import Workspace
 
 WARMUP_STEPS = 2
 TIMED_STEPS = 3
 WORTHWHILE_SECONDS = 120.0
 """Compiling takes 15 to 60 seconds; it is worth it where about a third of more than this is saved."""
+
+
+class StandIn:
+    """A block in the place of its layer's forward. A copy of the model, or a pickle, gets the layer's own forward back: the
+    adapters that a block has taken over are not those of the copy."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.__signature__ = inspect.signature(block.forward)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.block.forward(*args, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return own_forward(copy.deepcopy(self.block.layer, memo))
+
+    def __reduce__(self) -> Any:
+        return own_forward, (self.block.layer,)
+
+
+def own_forward(layer: nn.Module) -> Any:
+    """The forward of the layer's class, bound to the layer."""
+    return types.MethodType(type(layer).forward, layer)
 
 
 @dataclass
@@ -54,10 +80,16 @@ class KernelPlan:
             lines.append(f"{len(self.blocks)} decoder layers with their own forward and backward pass")
         elif self.why_no_block is not None:
             lines.append(f"decoder layers as the model computes them: {self.why_no_block}")
+        lines += dict.fromkeys(p.note for block in self.blocks for p in block.projections if p.note is not None)
         if self.lora_layers and not self.blocks:
             lines.append(f"{len(self.lora_layers)} LoRA layers without float32 copies")
         lines += [f"{count} LoRA layers as peft computes them: {reason}" for reason, count in self.obstacles.items()]
         return lines
+
+    @property
+    def rounding(self) -> float:
+        """What the blocks' products are known to differ from the layers' own by, relative to their norm."""
+        return max((p.rounding for block in self.blocks for p in block.projections), default=0.0)
 
     def apply(self) -> None:
         for layer in self.lora_layers:
@@ -68,8 +100,12 @@ class KernelPlan:
                 self._undo.append(projection.remove)
                 projection.install()
                 self._copies += projection.copies()
-            block.layer.forward = block.forward
+            block.layer.forward = StandIn(block)
             self._undo.append(lambda layer=block.layer: layer.__dict__.pop("forward", None))  # type: ignore[misc]
+            if getattr(block.layer, "gradient_checkpointing", False):  # as asked, but by our own recomputation
+                block.recomputes = True
+                setattr(block.layer, "gradient_checkpointing", False)  # noqa: B010, a plain attribute of the module
+                self._undo.append(lambda layer=block.layer: setattr(layer, "gradient_checkpointing", True))  # type: ignore[misc]
 
     def refresh(self) -> None:
         """Take over the adapters as they are now; called before every forward pass."""
@@ -77,6 +113,26 @@ class KernelPlan:
             self._gather.copy()
         else:
             refresh(self._copies)
+
+    def layer_bytes(self) -> tuple[int, int, int, int]:
+        """Bytes of a token in one layer: kept with everything, without its gates, with its input alone; passing."""
+        block = self.blocks[0]
+        everything, passing = block.bytes_per_token(keeps_gates=True)
+        without_gates, _ = block.bytes_per_token(keeps_gates=False)
+        return everything, without_gates, block.qkv.in_features * block.qkv.dtype.itemsize, passing
+
+    def keep(self, *, num_recomputed: int, num_without_gates: int) -> None:
+        """Have the first blocks run again in the backward pass, and those after them make their gates again."""
+        for index, block in enumerate(self.blocks):
+            block.recomputes = index < num_recomputed
+            block.keeps_gates = index >= num_recomputed + num_without_gates
+
+    def keep_less(self) -> bool:
+        """Have every block run again in the backward pass; False where they all do already."""
+        if all(block.recomputes for block in self.blocks):
+            return False
+        self.keep(num_recomputed=len(self.blocks), num_without_gates=0)
+        return True
 
     def accumulate_in_place(self) -> None:
         """Have the blocks add to the gradients where they lie (`p.grad` stays there), all adapters in a few launches."""
@@ -106,7 +162,7 @@ class KernelPlan:
             for block in chosen:
                 calls, block.calls_seen = block.calls_seen, None
                 difference = compare(block, calls[0]) if calls else math.inf
-                if not difference <= TOLERANCES[dtype]:  # written so that NaN fails
+                if not difference <= tolerance_of(block, dtype):  # written so that NaN fails
                     raise ModelError(f"our layer and the model's own differ by {difference:.1e}")
         finally:
             for block in chosen:
@@ -129,18 +185,24 @@ class KernelPlan:
 
     def undo(self) -> None:
         """Put everything back."""
+        self._copies.clear()  # they hold the memory that the layers' weights go back from
+        self._gather = None
         while self._undo:
             self._undo.pop()()
-        self._copies.clear()
-        self._gather = None
         self.is_compiled = False
 
 
 def plan_kernels(
-    model: nn.Module, decoder: nn.Module | None, dtype: torch.dtype | None = None, *, why_no_block: str | None = None
+    model: nn.Module,
+    decoder: nn.Module | None,
+    dtype: torch.dtype | None = None,
+    *,
+    base_precision: str | None = None,
+    why_no_block: str | None = None,
 ) -> KernelPlan:
     """Look at a model and decide what can be swapped; changes nothing. `decoder` has the layers, `dtype` is what they
-    compute in, `why_no_block` keeps their own forward."""
+    compute in, `base_precision` what their frozen products are computed in ("fp8", None: `dtype` as well), `why_no_block`
+    keeps their own forward."""
     plan = KernelPlan(why_no_block=why_no_block)
     lora_linear = _lora_linear_class()
     for module in model.modules():
@@ -152,12 +214,17 @@ def plan_kernels(
                 plan.obstacles[reason] += 1
     layers = getattr(decoder, "layers", None)
     if isinstance(layers, nn.ModuleList):
-        _plan_blocks(plan, layers, dtype)
+        _plan_blocks(plan, layers, dtype, base_precision)
     return plan
 
 
-def _plan_blocks(plan: KernelPlan, layers: nn.ModuleList, dtype: torch.dtype | None) -> None:
-    blocks = [block_of(layer, dtype) for layer in layers] if dtype is not None and plan.why_no_block is None else []
+def _plan_blocks(
+    plan: KernelPlan, layers: nn.ModuleList, dtype: torch.dtype | None, base_precision: str | None
+) -> None:
+    blocks: list[Block | str] = []
+    if dtype is not None and plan.why_no_block is None:
+        workspace = Workspace()
+        blocks = [block_of(layer, dtype, base_precision=base_precision, workspace=workspace) for layer in layers]
     plan.why_no_block = plan.why_no_block or next((block for block in blocks if isinstance(block, str)), None)
     if blocks and plan.why_no_block is None:
         plan.blocks = [block for block in blocks if isinstance(block, Block)]

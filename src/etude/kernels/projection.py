@@ -68,11 +68,26 @@ class Projection:
     """The layers `linears`, whose inputs are the same, each with its adapter or None.
 
     With `extends_input` the update lies inside the product and the caller provides the input in a buffer with room for
-    x A^T (`input_buffer`); otherwise it is added to the output.
+    x A^T (`input_buffer`); otherwise it is added to the output. With `extends_gradient` the update lies inside the product
+    of the backward pass too, [dy, dy s B] [W; A]: for a wide input and a narrow output, where adding to dx costs more than
+    copying dy. Subclasses store the weights in other ways (`_store`,
+    `_release`) and multiply by them accordingly (`_product`, `_product_gradient`).
     """
 
+    rounding = 0.0
+    """What the products are known to differ from the layers' own by, relative to their norm, beyond that of the type."""
+
+    note: str | None = None
+    """What the start screen says of these products; None where they are as the layers' own."""
+
     def __init__(
-        self, linears: list[nn.Linear], adapters: list[Adapter | None], dtype: torch.dtype, *, extends_input: bool
+        self,
+        linears: list[nn.Linear],
+        adapters: list[Adapter | None],
+        dtype: torch.dtype,
+        *,
+        extends_input: bool,
+        extends_gradient: bool = False,
     ) -> None:
         self.members: list[Member] = []
         output, rank = 0, 0
@@ -83,7 +98,7 @@ class Projection:
             output, rank = outputs.stop, rank + ranks
         self.in_features, self.out_features, self.rank = linears[0].in_features, output, rank
         self.dtype, self.device = dtype, linears[0].weight.device
-        self.extends_input = extends_input
+        self.extends_input, self.extends_gradient = extends_input, extends_gradient and self.rank > 0
         self.has_bias = any(linear.bias is not None for linear in linears)
         extra = self.rank + self.has_bias if extends_input else 0
         self.columns = self.in_features + -(-extra // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
@@ -94,41 +109,68 @@ class Projection:
     # -- storage -------------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Move the frozen weights into one buffer with room for the updates; the layers keep seeing theirs, as views."""
+        """Make the frozen weights and the adapters ready for the products."""
         if self._is_installed:
             return
-        members = self.members
         self.A = torch.zeros(self.rank, self.in_features, dtype=self.dtype, device=self.device)
-        if len(members) == 1 and not self.extends_input and members[0].linear.weight.dtype == self.dtype:
-            self.weight = members[0].linear.weight.detach()
-            self.B = torch.zeros(self.out_features, self.rank, dtype=self.dtype, device=self.device)
-        else:
-            self.weight = torch.zeros(self.out_features, self.columns, dtype=self.dtype, device=self.device)
-            self.B = self.weight[:, self.in_features : self.in_features + self.rank]
-            if not self.extends_input:
-                self.B = torch.zeros(self.out_features, self.rank, dtype=self.dtype, device=self.device)
-            for member in members:
-                place = self.weight[member.outputs, : self.in_features]
-                place.copy_(member.linear.weight.detach())
-                if member.linear.weight.dtype == self.dtype:
-                    member.linear.weight.data = place
-                if self.extends_input and member.linear.bias is not None:
-                    self.weight[member.outputs, self.in_features + self.rank] = member.linear.bias.detach().to(
-                        self.dtype
-                    )
+        self.B = self._store()
         self.bias = None if self.extends_input or not self.has_bias else self._stacked_bias()
         self._is_installed = True
         refresh(self.copies())
 
     def remove(self) -> None:
-        """Give every layer a weight of its own again."""
+        """Take everything back; the layers are as they were."""
         if not self._is_installed:
             return
-        for member in self.members:
-            if not member.linear.weight.is_contiguous():
-                member.linear.weight.data = member.linear.weight.detach().clone(memory_format=torch.contiguous_format)
-        del self.weight, self.A, self.B, self.bias
+        self._release()
+        for name in ("A", "B", "bias"):
+            self.__dict__.pop(name, None)
         self._accumulate, self._is_installed = None, False
+
+    def _store(self) -> Tensor:
+        """Store the frozen weights; returns the place of B (O, R).
+
+        Here they move into one buffer with room for the updates; the layers keep seeing theirs, as views.
+        """
+        members = self.members
+        if len(members) == 1 and not self.extends_input and members[0].linear.weight.dtype == self.dtype:
+            self.weight = self.extended = members[0].linear.weight.detach()
+            return self._separate_factor()
+        rows = self.out_features
+        if self.extends_gradient:
+            rows += -(-self.rank // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+        self.extended = torch.zeros(rows, self.columns, dtype=self.dtype, device=self.device)
+        self.weight = self.extended[: self.out_features]
+        if self.extends_gradient:
+            self.A = self.extended[self.out_features : self.out_features + self.rank, : self.in_features]
+        for member in members:
+            place = self.weight[member.outputs, : self.in_features]
+            place.copy_(member.linear.weight.detach())
+            if member.linear.weight.dtype == self.dtype:
+                member.linear.weight.data = place
+            if self.extends_input and member.linear.bias is not None:
+                self.weight[member.outputs, self.in_features + self.rank] = member.linear.bias.detach().to(self.dtype)
+        if self.extends_input:
+            return self.weight[:, self.in_features : self.in_features + self.rank]
+        return self._separate_factor()
+
+    def _release(self) -> None:
+        """Undo `_store`: every layer has a weight of its own again."""
+        views = [member.linear for member in self.members if member.linear.weight.shape != self.weight.shape]
+        try:
+            copies = [linear.weight.detach().clone(memory_format=torch.contiguous_format) for linear in views]
+        except torch.OutOfMemoryError:  # the buffer has to go first, so its contents wait on the host
+            copies = [linear.weight.detach().cpu() for linear in views]
+        for linear, copy in zip(views, copies, strict=True):
+            linear.weight.data = copy
+        del self.weight, self.extended, self.A, self.B
+        for linear in views:
+            if linear.weight.device != self.device:
+                linear.weight.data = linear.weight.detach().to(self.device)
+
+    def _separate_factor(self) -> Tensor:
+        """A place for B (O, R) beside the weights."""
+        return torch.zeros(self.out_features, self.rank, dtype=self.dtype, device=self.device)
 
     def copies(self) -> list[Copy]:
         """Where the factors of every adapter go."""
@@ -168,11 +210,21 @@ class Projection:
             operations(buffer.device).copy_rows(reduced, buffer[:, self.in_features : self.in_features + self.rank])
         return reduced
 
-    def forward(self, buffer: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def norm_input(self, h: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Any, Tensor]:
+        """The RMS norm of h as input of `forward`, and its scales (T)."""
+        buffer = self.input_buffer(h.shape[0])
+        return buffer, operations(h.device).rms_norm(h, weight, offset, eps, buffer[:, : self.in_features])
+
+    def gate_input(self, gate_up: Tensor, activation: str) -> Any:
+        """The gated product of [g, u] as input of `forward`."""
+        buffer = self.input_buffer(gate_up.shape[0])
+        operations(gate_up.device).gate(gate_up, activation, buffer[:, : self.in_features])
+        return buffer
+
+    def forward(self, x: Any, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[residual +] y (T, O), and x A^T (T, R) for the backward pass."""
-        reduced = self.down(buffer)
-        weight = self.weight.t()
-        y = torch.mm(buffer, weight) if residual is None else torch.addmm(residual, buffer, weight)
+        reduced = self.down(x)
+        y = self._product(x, residual)
         if not self.extends_input:
             if self.rank:
                 y.addmm_(reduced, self.B.t())
@@ -180,20 +232,38 @@ class Projection:
                 y.add_(self.bias)
         return y, reduced
 
-    def backward(self, grad: Tensor, *, adds_update: bool = True) -> tuple[Tensor, Tensor]:
-        """The gradients of x (T, I) and of x A^T (T, R); `grad` is that of y.
-
-        Without `adds_update` the caller still has to add (gradient of x A^T) A to that of x.
-        """
+    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of x (T, I) and of x A^T (T, R); `grad` is that of y."""
+        if self.extends_gradient:
+            grad_reduced = torch.mm(grad, self.B)
+            return self._extended_product_gradient(grad, grad_reduced), grad_reduced
+        product = self._product_gradient(grad)
+        grad_x = product[:, : self.in_features]
         if self.extends_input:
-            both = torch.mm(grad, self.weight)
-            grad_x = both[:, : self.in_features]
-            grad_reduced = both[:, self.in_features : self.in_features + self.rank]
+            grad_reduced = product[:, self.in_features : self.in_features + self.rank]
         else:
-            grad_x, grad_reduced = torch.mm(grad, self.weight), torch.mm(grad, self.B)
-        if self.rank and adds_update:
+            grad_reduced = torch.mm(grad, self.B)
+        if self.rank:
             grad_x.addmm_(grad_reduced, self.A)
         return grad_x, grad_reduced
+
+    def _product(self, x: Any, residual: Tensor | None) -> Tensor:
+        """[residual +] x W^T (T, O) of the stored weights, in memory of its own."""
+        weight = self.weight.t()
+        return torch.mm(x, weight) if residual is None else torch.addmm(residual, x, weight)
+
+    def _product_gradient(self, grad: Tensor) -> Tensor:
+        """grad W (T, at least I) of the stored weights, in memory of its own."""
+        return torch.mm(grad, self.weight)
+
+    def _extended_product_gradient(self, grad: Tensor, grad_reduced: Tensor) -> Tensor:
+        """[grad, grad s B] [W; A] (T, I)."""
+        copy_rows, outputs, end = operations(grad.device).copy_rows, self.out_features, self.out_features + self.rank
+        both = torch.empty(grad.shape[0], self.extended.shape[0], dtype=grad.dtype, device=grad.device)
+        copy_rows(grad, both[:, :outputs])
+        copy_rows(grad_reduced, both[:, outputs:end])
+        both[:, end:].zero_()
+        return torch.mm(both, self.extended)[:, : self.in_features]
 
     def reduced_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of x A^T (T, R) alone, where x needs none."""
@@ -249,29 +319,3 @@ class Projection:
                 shares.append(Share(True, start_A, self.in_features, adapter.A.grad, 1.0))
                 shares.append(Share(False, start_B, self.rank, adapter.B.grad, adapter.scaling))
         self._accumulate = Accumulate(shares)
-
-
-def lora_parts(module: Any) -> tuple[nn.Linear, Adapter | None] | str:
-    """The linear layer and adapter of a module that is one; otherwise, why it cannot be part of a projection."""
-    from peft.tuners.lora import Linear
-
-    from etude.kernels.lora import obstacle
-
-    if type(module) is nn.Linear:
-        return (module, None) if not module.weight.requires_grad else "a trainable weight"
-    if type(module) is not Linear:
-        return f"{type(module).__name__} layers"
-    if (reason := obstacle(module)) is not None:
-        return reason
-    name, base = module.active_adapters[0], module.base_layer
-    if type(base) is not nn.Linear:
-        return f"{type(base).__name__} layers"
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-        return "a trainable weight"
-    if module.lora_B[name].bias is not None:
-        return "LoRA with a bias"
-    if getattr(module.lora_dropout[name], "p", 0.0) > 0.0:
-        return "LoRA dropout"
-    if module.disable_adapters:
-        return "adapters are disabled"
-    return base, Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])

@@ -92,23 +92,10 @@ def gate(gate_up_T2F: Tensor, activation: str, out_TF: Tensor) -> None:
     out_TF.copy_(_activate(gate_TF, activation) * up_TF)
 
 
-def gate_backward(
-    grad_TF: Tensor,
-    gate_up_T2F: Tensor,
-    activation: str,
-    out_T2F: Tensor,
-    product_TF: Tensor,
-    reduced_TR: Tensor | None = None,
-    A_RF: Tensor | None = None,
-) -> None:
-    """Write the gradient of `gate_up` into `out`, and what `gate` had computed into `product`, which may be `grad`.
-
-    With `reduced` and `A` the gradient that comes in is grad + reduced A.
-    """
+def gate_backward(grad_TF: Tensor, gate_up_T2F: Tensor, activation: str, out_T2F: Tensor, product_TF: Tensor) -> None:
+    """Write the gradient of `gate_up` into `out`, and what `gate` had computed into `product`, which may be `grad`."""
     gate_TF, up_TF = _wide(gate_up_T2F).chunk(2, dim=1)
     grad, activated = _wide(grad_TF), _activate(gate_TF, activation)
-    if reduced_TR is not None and A_RF is not None:
-        grad = grad + _wide(reduced_TR) @ _wide(A_RF)
     slope = _slope(gate_TF, activation)
     out_T2F.copy_(torch.cat((grad * up_TF * slope, grad * activated), dim=1))
     product_TF.copy_(activated * up_TF)

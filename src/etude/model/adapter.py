@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import save_file, save_model
@@ -14,6 +16,13 @@ from etude.errors import CheckpointError, ModelError
 
 EXTRA_WEIGHTS_FILE = "trainable.safetensors"
 """Trainable parameters that are part of no adapter file (a head unfrozen by hand)."""
+
+_cards: WeakKeyDictionary[nn.Module, bytes] = WeakKeyDictionary()
+"""The model card that peft wrote last for a model. It brings one that is there up to date ten times faster than it makes
+one from its template."""
+
+MAX_OTHER_HEADER_BYTES = 1 << 18
+"""For what a safetensors header holds beside its tensors: the format, notes of other tools."""
 
 
 def is_peft(model: Any) -> bool:
@@ -72,18 +81,28 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else str(getattr(value, "value", value))
 
 
-@torch.no_grad()
 def base_fingerprint(model: nn.Module) -> str:
     """A digest of the frozen weights: of every name and shape, and of 64 evenly spaced values of each tensor.
 
     Values are compared in bfloat16, so the same base loaded in another precision has the same fingerprint. Quantised
     weights are compared as they are stored.
     """
+    return _digest((name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad)
+
+
+def unquantised_fingerprint(model: nn.Module) -> str:
+    """As `base_fingerprint`, of what quantisation leaves as it is: norms, biases and embeddings. It is the same for a base
+    model before and after, where nothing of those is trained."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    frozen = ((name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    return _digest((name, each) for name, each in frozen if each.dim() == 1 or id(each) in embeddings)
+
+
+@torch.no_grad()
+def _digest(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     samples = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            continue
+    for name, parameter in parameters:
         digest.update(f"{_without_wrappers(name)}:{tuple(parameter.shape)};".encode())
         flat = parameter.detach().reshape(-1)
         stride = max(1, flat.numel() // 64)
@@ -139,7 +158,12 @@ def save_weights(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] |
     if is_peft(model):
         options = {"state_dict": state_dict} if state_dict is not None else {}
         if not is_mixed(model):
+            card = folder / "README.md"
+            if model in _cards and not card.exists():
+                card.write_bytes(_cards[model])
             model.save_pretrained(str(folder), save_embedding_layers=_saves_embeddings(model), **options)
+            if card.is_file():
+                _cards[model] = card.read_bytes()
         extra = uncovered_parameters(model)
         if extra:
             save_file({name: tensor.cpu().contiguous() for name, tensor in extra.items()}, folder / EXTRA_WEIGHTS_FILE)
@@ -173,13 +197,13 @@ def _load_adapters(model: Any, folder: Path) -> int:
         file = adapter_folder(folder, name) / "adapter_model.safetensors"
         if not file.is_file():
             raise CheckpointError(f"has no adapter '{name}' (expected {file.name})", path=file.parent)
-        weights = read_tensors(file)
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=_saves_embeddings(model))
+        weights = read_tensors(file, expected)
         _require_same_tensors(weights, expected, file)
         loaded[name] = weights
     extra_expected = uncovered_parameters(model)
     extra_file = folder / EXTRA_WEIGHTS_FILE
-    extra = read_tensors(extra_file) if extra_file.is_file() else {}
+    extra = read_tensors(extra_file, extra_expected) if extra_file.is_file() else {}
     _require_same_tensors(extra, extra_expected, extra_file)
     for name, weights in loaded.items():
         set_peft_model_state_dict(model, weights, adapter_name=name)
@@ -193,12 +217,21 @@ def _load_whole_model(model: nn.Module, folder: Path) -> int:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise CheckpointError("has no model.safetensors", path=folder)
-    weights = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     expected = model.state_dict()
+    weights = {name: tensor for file in files for name, tensor in read_tensors(file, expected).items()}
     tied = {name for name in expected if name not in weights and _is_alias(expected, name, weights)}
-    _require_same_tensors(weights, {k: v for k, v in expected.items() if k not in tied}, files[0])
-    model.load_state_dict(weights, strict=False)
+    if not _loads_in_its_own_way(model):
+        _require_same_tensors(weights, {k: v for k, v in expected.items() if k not in tied}, files[0])
+    try:
+        model.load_state_dict(weights, strict=not tied)
+    except RuntimeError as error:
+        raise CheckpointError(f"the model does not take it: {error}", path=files[0]) from error
     return len(weights)
+
+
+def _loads_in_its_own_way(model: nn.Module) -> bool:
+    """Whether the model's class loads its state itself, so that it alone knows which tensors are right."""
+    return type(model).load_state_dict is not nn.Module.load_state_dict
 
 
 def _is_alias(expected: dict[str, torch.Tensor], name: str, weights: dict[str, torch.Tensor]) -> bool:
@@ -231,8 +264,9 @@ def _require_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, to
             raise CheckpointError(f"{name} holds NaN or infinity; take an older checkpoint", path=file)
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file.
+def read_tensors(file: Path, expected: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file. With `expected`, the tensors it should hold, one that describes far more than
+    those is not opened: the library would spend seconds and gigabytes on its header.
 
     Raises:
         CheckpointError: where it cannot be read as one.
@@ -241,7 +275,19 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
+        if expected is not None:
+            _require_short_header(file, MAX_OTHER_HEADER_BYTES + sum(256 + len(name.encode()) for name in expected))
         tensors: dict[str, torch.Tensor] = load_file(str(file))
         return tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot be read as safetensors: {error}", path=file) from error
+
+
+def _require_short_header(file: Path, max_bytes: int) -> None:
+    with file.open("rb") as opened:
+        num_bytes = int.from_bytes(opened.read(8), "little")
+    if num_bytes > max_bytes:
+        raise CheckpointError(
+            f"says its header has {num_bytes:,} bytes, at most {max_bytes:,} are read for the tensors of this model",
+            path=file,
+        )

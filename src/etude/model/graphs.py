@@ -45,12 +45,14 @@ class Slots(NamedTuple):
 def slots_of(batch: PackedBatch) -> Slots:
     """The smallest shape a batch fits in."""
     real_tokens, num_samples = sum(batch.lengths), len(batch.lengths)
-    tokens = _rounded_up(real_tokens, max(TOKEN_STEP, (1 << real_tokens.bit_length()) // TOKEN_STEPS))
+    step = max(TOKEN_STEP, (1 << real_tokens.bit_length()) // TOKEN_STEPS)
+    tokens = _rounded_up(real_tokens, step)
     share = _rounded_up(tokens, LABEL_SHARES) // LABEL_SHARES
     labels = _rounded_up(max(1, batch.targets.numel()), share)
     if batch.is_even and real_tokens == tokens:
         return Slots(tokens, num_samples, labels, batch.lengths[0], batch.lengths[0])
-    longest = max(LONGEST_MIN, 1 << (max(batch.lengths) - 1).bit_length())
+    # What is left over is less than a step, but a sample like the others: rows that a kernel skips hold anything, NaN too.
+    longest = max(LONGEST_MIN, step, 1 << (max(batch.lengths) - 1).bit_length())
     return Slots(tokens, _rounded_up(num_samples + 1, SAMPLE_STEP), labels, longest, None)
 
 
@@ -88,14 +90,13 @@ class _Captured:
 GPU_FLOPS = 6e14
 """What a GPU of this kind reaches; only the order of magnitude matters here."""
 
-LAUNCH_BOUND_SECONDS, LAUNCH_BOUND_SECONDS_OF_BLOCKS = 0.2, 0.1
-"""A forward and backward pass of less GPU time than this may have to wait for Python; layers of our own launch far less."""
+LAUNCH_BOUND_SECONDS = 0.2
+"""A forward and backward pass of less GPU time than this may have to wait for Python."""
 
 
-def launch_bound_tokens(num_parameters: int, *, has_blocks: bool) -> int:
+def launch_bound_tokens(num_parameters: int) -> int:
     """The micro-batch size up to which a graph pays: 4 operations per frozen parameter and token."""
-    seconds = LAUNCH_BOUND_SECONDS_OF_BLOCKS if has_blocks else LAUNCH_BOUND_SECONDS
-    return int(seconds * GPU_FLOPS / (4 * num_parameters))
+    return int(LAUNCH_BOUND_SECONDS * GPU_FLOPS / (4 * num_parameters))
 
 
 def graph_obstacle(path: Any, device: torch.device, *, scales_loss: bool) -> str | None:

@@ -1,6 +1,11 @@
-"""How many tokens a micro-batch may have: measured on the first ones, halved when memory runs out."""
+"""How many tokens a micro-batch may have, and what its layers keep: planned from their parts or measured on the first
+micro-batches, and halved when memory runs out."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +20,94 @@ FIRST_GPU_TOKENS = 2048
 
 SMALLEST_TOKENS = 16
 SHARE_OF_FREE_MEMORY = 0.8
+
+
+EFFICIENT_TOKENS = 2048
+"""With fewer rows the matrix products of a GPU lose more than making a layer's activations again costs."""
+
+CANDIDATE_TOKENS = (GPU_TOKENS, 12288, 8192, 6144, 4096, 3072, EFFICIENT_TOKENS)
+SHARE_FOR_LAYERS = 0.85
+"""Of the memory that is free; the rest is for what is not counted and for gaps between blocks."""
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one layer keeps of one token until its backward pass, in each way of running it, and needs for a moment."""
+
+    everything: int
+    without_gates: int
+    recomputed: int
+    passing: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A token budget, and how many layers, counted from the first, make their gates or everything again."""
+
+    tokens: int
+    num_recomputed: int = 0
+    num_without_gates: int = 0
+
+    def describe(self, num_layers: int) -> str:
+        ways = [(self.num_recomputed, "are run again"), (self.num_without_gates, "make their gates again")]
+        parts = [f"{count} of {num_layers} layers {what}" for count, what in ways if count]
+        return f"micro-batches of up to {self.tokens:,} tokens; in the backward pass " + (
+            " and ".join(parts) if parts else "nothing is computed twice"
+        )
+
+
+def plan_memory(
+    room: int, layer: LayerBytes, num_layers: int, bytes_per_token: int, wanted_tokens: int | None, longest: int = 1
+) -> MemoryPlan:
+    """The fastest way of running `num_layers` layers in `room` bytes.
+
+    `bytes_per_token` is needed outside the layers. Without `wanted_tokens` the micro-batch is first made smaller, down to
+    what keeps a GPU efficient, and only then are activations made again. A sample of `longest` tokens is never split.
+    """
+    kept = int(SHARE_FOR_LAYERS * room)
+    for tokens in CANDIDATE_TOKENS if wanted_tokens is None else (wanted_tokens,):
+        if max(tokens, longest) * (num_layers * layer.everything + layer.passing + bytes_per_token) <= kept:
+            return MemoryPlan(tokens)
+    tokens = max(wanted_tokens or EFFICIENT_TOKENS, longest)
+    while True:
+        left = kept - tokens * (layer.passing + bytes_per_token)
+        if (excess := num_layers * layer.everything * tokens - left) <= 0:
+            return MemoryPlan(tokens)
+        saving = (layer.everything - layer.without_gates) * tokens
+        if excess <= num_layers * saving:
+            return MemoryPlan(tokens, num_without_gates=-(-excess // saving))
+        left -= layer.everything * tokens  # what a layer that is run again keeps while its backward pass lasts
+        excess = num_layers * layer.without_gates * tokens - left
+        saving = (layer.without_gates - layer.recomputed) * tokens
+        if excess <= num_layers * saving or tokens <= max(SMALLEST_TOKENS, longest) or wanted_tokens is not None:
+            num_recomputed = min(num_layers, max(0, -(-excess // saving)))
+            return MemoryPlan(tokens, num_recomputed, num_layers - num_recomputed)
+        tokens = max(tokens // 2, longest)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still allocate on a GPU: what is free there, within the limit that was set."""
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    held = torch.cuda.memory_reserved(device) - allocated
+    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(free + held, limit - allocated)
+
+
+@contextmanager
+def memory_limit(device: torch.device, limit_gib: float | None) -> Iterator[None]:
+    """Inside, the process allocates at most so much on the GPU."""
+    if limit_gib is None or device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    total = torch.cuda.mem_get_info(device)[1]
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * 2**30 / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 class TokenBudget:
@@ -42,12 +135,7 @@ class TokenBudget:
         self.is_fixed = True
         peak = torch.cuda.max_memory_allocated(self.device) - self._allocated_before
         bytes_per_token = max(1, peak // tokens)
-        free, _ = torch.cuda.mem_get_info(self.device)
-        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        fraction = torch.cuda.get_per_process_memory_fraction(self.device)
-        limit = fraction * torch.cuda.get_device_properties(self.device).total_memory
-        room = min(free + held, limit - torch.cuda.memory_allocated(self.device))
-        affordable = int(SHARE_OF_FREE_MEMORY * room / bytes_per_token)
+        affordable = int(SHARE_OF_FREE_MEMORY * free_memory(self.device) / bytes_per_token)
         self.tokens = max(SMALLEST_TOKENS, min(GPU_TOKENS, affordable // 256 * 256))
         return f"a token takes {bytes_per_token / 2**10:,.0f} KiB: micro-batches of up to {self.tokens:,} tokens"
 

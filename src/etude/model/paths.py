@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from etude.errors import DataError, ModelError
+from etude.errors import ConfigError, DataError, ModelError
 from etude.kernels.attention import VARLEN, Segments, kernels_for
 from etude.kernels.cross_entropy import linear_cross_entropy, linear_logits
+from etude.kernels.fp8 import device_obstacle
 from etude.kernels.plan import KernelPlan, plan_kernels
 from etude.model.capabilities import (
     causal_model,
@@ -166,13 +167,47 @@ def choose_path(
     overridden: tuple[str, ...],
     sample_inputs: dict[str, Any],
     training_dtype: torch.dtype | None,
+    base_precision: str | None = None,
 ) -> GeneralPath | PackedPath:
     """Decide on the first real batch, once.
 
     `overridden` names the methods of the trainer that a subclass replaced and that see batches or losses;
-    `training_dtype` is the type autocast computes in, None or float32 where the model computes in its own types. Random
-    number generators and the model's train/eval flags are left as they were.
+    `training_dtype` is the type autocast computes in, None or float32 where the model computes in its own types;
+    `base_precision` what frozen products are computed in. Random number generators and the model's train/eval flags are
+    left as they were.
+
+    Raises:
+        ConfigError: a `base_precision` that this device or this model cannot be trained in.
     """
+    if base_precision is None:
+        return _first_admitted(model, fast_path, overridden, sample_inputs, training_dtype)
+    if (reason := device_obstacle(next(model.parameters()).device)) is not None:
+        raise ConfigError(f"{reason}; leave it out to train as usual", field="base_precision")
+    # First as strictly as without: what is wrong for another reason must not pass as rounding.
+    path = _first_admitted(model, fast_path, overridden, sample_inputs, training_dtype)
+    if isinstance(path, PackedPath) and path.plan.blocks:
+        path.plan.undo()
+        path = _first_admitted(model, fast_path, overridden, sample_inputs, training_dtype, base_precision)
+    if isinstance(path, GeneralPath) or not path.plan.blocks:
+        reason = "; ".join(path.reasons) if isinstance(path, GeneralPath) else path.plan.why_no_block
+        if isinstance(path, PackedPath):
+            path.plan.undo()
+        raise ConfigError(
+            f"{base_precision} needs decoder layers that etude computes itself, and cannot here: {reason}; leave it out "
+            "to train as usual",
+            field="base_precision",
+        )
+    return path
+
+
+def _first_admitted(
+    model: nn.Module,
+    fast_path: bool,
+    overridden: tuple[str, ...],
+    sample_inputs: dict[str, Any],
+    training_dtype: torch.dtype | None,
+    base_precision: str | None = None,
+) -> GeneralPath | PackedPath:
     if not fast_path:
         return GeneralPath(("the fast path is turned off (fast_path=False)",))
     if overridden:
@@ -184,7 +219,7 @@ def choose_path(
     embedding = causal_model(model).get_input_embeddings().weight
     dtype = training_dtype if training_dtype in HALF_PRECISION else embedding.dtype
     for kernel in kernels_for(embedding.device, dtype):
-        plan = plan_kernels(model, decoder_of(causal_model(model)), dtype)
+        plan = plan_kernels(model, decoder_of(causal_model(model)), dtype, base_precision=base_precision)
         while True:
             try:
                 return probed_path(model, sample_inputs, kernel=kernel, training_dtype=training_dtype, plan=plan)
@@ -221,6 +256,11 @@ class Tolerances(NamedTuple):
     leak: float
     loss: float
 
+    def widened(self, rounding: float) -> Tolerances:
+        """For layers whose products differ by `rounding` from the model's own (fp8, 8 bits): over all layers the logits by
+        a few times that. Whether samples are apart is asked as strictly as ever: every row is rounded by itself."""
+        return self._replace(logits=max(self.logits, 4 * rounding), loss=max(self.loss, rounding / 2))
+
 
 EXACT = Tolerances(logits=1e-4, leak=1e-5, loss=1e-5)
 ROUNDED = Tolerances(logits=5e-2, leak=1e-2, loss=2e-2)
@@ -241,7 +281,7 @@ def probed_path(
         raise ModelError("the probe's own rows cannot be packed")
     weight = causal_model(model).get_input_embeddings().weight
     is_rounded = training_dtype in HALF_PRECISION or weight.dtype in HALF_PRECISION
-    tolerances = ROUNDED if is_rounded else EXACT
+    tolerances = (ROUNDED if is_rounded else EXACT).widened(plan.rounding)
     path = PackedPath(model, kernel=kernel, head=MODEL_LOGITS, plan=plan)
     try:
         with _at_rest(model), torch.no_grad(), _autocast(weight.device, training_dtype):
