@@ -31,8 +31,11 @@ CONTENDERS = (
     "etude-nographs",
     "etude-graphs",
     "etude-general",
+    "etude-fp8",
+    "etude-nf4",
     "transformers",
     "transformers-gc",
+    "transformers-nf4",
     "liger",
 )
 
@@ -94,7 +97,7 @@ class Profile:
 PROFILE_STEPS, PROFILE_LINES = 3, 28
 
 
-def build_model(work: Work, r: int, liger: bool = False) -> Any:
+def build_model(work: Work, r: int, liger: bool = False, nf4: bool = False) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -105,16 +108,38 @@ def build_model(work: Work, r: int, liger: bool = False) -> Any:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model=model)
+    if nf4:
+        quantise(model)
     return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def quantise(model: Any) -> None:
+    """Replace the linear layers, but the head, by NF4 ones with nested scales, one after the other."""
+    import bitsandbytes
+
+    options = {"quant_type": "nf4", "compress_statistics": True}
+    for path, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and module is not model.get_output_embeddings():
+            sizes = (module.in_features, module.out_features, module.bias is not None)
+            made = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.bfloat16, device="meta", **options)
+            weight = module.weight.data.cpu()  # it is quantised on its way to the GPU
+            made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options).to("cuda")
+            made.bias = module.bias
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, made)
+            module.weight = None
+    model.is_loaded_in_4bit = True
 
 
 def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     from transformers import TrainerCallback
 
-    model = build_model(work, args.r, liger=name == "liger")
+    model = build_model(work, args.r, liger=name == "liger", nf4=name.endswith("-nf4"))
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # of training, not of a model that is made in full and then quantised
     warmup, steps = (args.warmup, args.steps) if name.startswith("etude") else (PEER_WARMUP, PEER_STEPS)
     settings: dict[str, Any] = {
         "output_dir": "/tmp/etude-benchmark",
@@ -137,6 +162,7 @@ def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -
         from etude import Trainer, TrainingArguments
 
         settings["fast_path"] = name != "etude-general"
+        settings["base_precision"] = "fp8" if name == "etude-fp8" else None
         settings["torch_compile"] = name in ("etude", "etude-nographs")
         if name in ("etude-eager", "etude-nographs"):
             settings["cuda_graphs"] = False

@@ -130,6 +130,19 @@ def check_gate(inputs: Inputs, T: int, F: int, *, activation: str, in_place: boo
     assert_rounded_once(product, exact_product, exact_product.abs() + VANISHED)
 
 
+def check_add_product(inputs: Inputs, T: int, columns: int, R: int, *, apart: int) -> None:
+    """Added to columns of wider rows; the factors are slices of wider matrices, too."""
+    wide = inputs.rows(T, columns + 9, seed=0, apart=apart)
+    left, right = inputs.rows(T, R, seed=1, apart=apart), inputs.rows(R, columns, seed=2, apart=apart)
+    before = wide.clone()
+    exact = before[:, 4:-5].double()
+    reference.add_product(exact, left.double(), right.double())
+    terms = before[:, 4:-5].double().abs() + left.double().abs() @ right.double().abs()
+    fused.add_product(wide[:, 4:-5], left, right)
+    assert_rounded_once(wide[:, 4:-5], exact, terms)
+    assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, -5:], before[:, -5:])
+
+
 def check_copy_rows(inputs: Inputs, T: int, R: int) -> None:
     """A few columns of wide rows; those beside them stay as they are."""
     source, wide = inputs.rows(T, R, seed=0), inputs.rows(T, R + 9, seed=1)

@@ -25,6 +25,8 @@ _HOMES = {
     "ProgressCallback": "etude.observe.console",
     "PrinterCallback": "etude.observe.console",
     "TrainOutput": "etude.outputs",
+    "StepCheck": "etude.check_report",
+    "TensorCheck": "etude.check_report",
     "PredictionOutput": "etude.outputs",
     "EvalPrediction": "etude.outputs",
     "EvalLoopOutput": "etude.outputs",
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from etude.callbacks import TrainerCallback as TrainerCallback
     from etude.callbacks import TrainerControl as TrainerControl
     from etude.callbacks import TrainerState as TrainerState
+    from etude.check_report import StepCheck as StepCheck
+    from etude.check_report import TensorCheck as TensorCheck
     from etude.data.completion import DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM
     from etude.observe.console import PrinterCallback as PrinterCallback
     from etude.observe.console import ProgressCallback as ProgressCallback

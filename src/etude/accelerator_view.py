@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -74,6 +75,14 @@ class AcceleratorView:
         return self.num_processes > 1
 
     @property
+    def multi_device(self) -> bool:
+        return self.use_distributed
+
+    @property
+    def is_fsdp2(self) -> bool:
+        return False
+
+    @property
     def distributed_type(self) -> str:
         """ "NO" in one process, "MULTI_GPU" or "MULTI_CPU" in several, the values of accelerate's enumeration."""
         if not self.use_distributed:
@@ -134,6 +143,10 @@ class AcceleratorView:
         if norm_type != 2:
             return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
         return clip_gradients(parameters, max_norm)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """Cut every element of the gradients to at most `clip_value`. They have been unscaled already."""
+        torch.nn.utils.clip_grad_value_(parameters, clip_value)
 
     def accumulate(self, *_: Any) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -218,6 +231,14 @@ class AcceleratorView:
         with self._trainer.args.main_process_first(local=True):
             yield
 
+    def on_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A decorator: the function is run in the main process alone, and gives None in the others."""
+        return _only_if(lambda: self.is_main_process, function)
+
+    def on_local_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """As `on_main_process`, in the main process of each machine."""
+        return _only_if(lambda: self.is_local_main_process, function)
+
     def print(self, *values: Any, sep: str = " ", end: str = "\n") -> None:
         """Print, in the main process of each machine."""
         if self.is_local_main_process:
@@ -244,6 +265,14 @@ def _mapping(settings: Any) -> Mapping[str, Any]:
 
 def _is_quantized(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None))
+
+
+def _only_if(is_asked: Callable[[], bool], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if is_asked() else None
+
+    return run
 
 
 def _nested(value: Any, apply: Callable[[torch.Tensor], Any]) -> Any:

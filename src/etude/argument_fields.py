@@ -181,7 +181,10 @@ class ArgumentFields:
         default=None, metadata=_help("Show no progress bar; by default it follows the log level.")
     )
     report_to: str | None | list[str] = field(  # noqa: RUF036
-        default="none", metadata=_help("Trackers that receive the logs: names, 'all' or 'none'.")
+        default="none",
+        metadata=_help(
+            "Trackers that receive the logs: names, 'all' or 'none'. In a Kubeflow TrainJob 'kubeflow' is added."
+        ),
     )
     run_name: str | None = field(default=None, metadata=_help("Name of the run in the trackers."))
     project: str = field(default="huggingface", metadata=_help("Project of the run in Trackio."))

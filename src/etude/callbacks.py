@@ -242,12 +242,17 @@ class CallbackHandler(TrainerCallback):
         self.eval_dataloader: Any = None
         for callback in callbacks:
             self.add_callback(callback)
+        names = {base.__name__ for callback in self.callbacks for base in type(callback).__mro__}
+        if "DefaultFlowCallback" not in names:  # that of transformers does as well
+            logger.warning(
+                "there is no DefaultFlowCallback: nothing is logged, evaluated or saved unless a callback asks"
+            )
 
     def add_callback(self, callback: Any) -> None:
         """Append a callback, given as an instance or as a class to be constructed without arguments."""
         instance = callback() if isinstance(callback, type) else callback
         if type(instance) in map(type, self.callbacks):
-            logger.warning("a second %s is added; both will be called", type(instance).__name__)
+            logger.warning(f"a second {type(instance).__name__} is added; both will be called")
         self.callbacks.append(instance)
 
     def pop_callback(self, callback: Any) -> Any:

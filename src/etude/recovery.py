@@ -16,10 +16,12 @@ from etude.checkpoint import Checkpoint, CheckpointStore
 from etude.checkpoint.codec import malformed_means_checkpoint_error, save_tree
 from etude.checkpoint.durable import sync_folder
 from etude.checkpoint.policy import steps_to_retire
-from etude.checkpoint.resume import PROGRESS, changes_since, read_progress, refuse_fatal
+from etude.checkpoint.reading import LOG
+from etude.checkpoint.resume import PROGRESS, TRAINER_STATE, changes_since, read_progress, refuse_fatal
 from etude.data.fingerprint import data_fingerprint
+from etude.data.loader import state_at_next_epoch
 from etude.errors import CheckpointError, NonFiniteError
-from etude.model.adapter import adapter_settings, base_fingerprint
+from etude.model.adapter import adapter_settings, base_fingerprint, unquantised_fingerprint
 
 if TYPE_CHECKING:
     from etude.run import Run
@@ -60,6 +62,7 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
     return {
         "adapters": adapter_settings(trainer.model),
         "base": base_fingerprint(trainer.model),
+        "base_unquantised": unquantised_fingerprint(trainer.model),
         "data": data_fingerprint(trainer.train_dataset),
         "settings": {name: getattr(trainer.args, name, None) for name in RECORDED_SETTINGS},
         "versions": {
@@ -113,7 +116,7 @@ def save_checkpoint(trainer: Trainer, run: Run, trial: Any) -> Checkpoint:
                 trainer._save_scaler(str(draft.path))
                 trainer._save_rng_state(str(draft.path))
             trainer.collect_callback_states()
-            state.save_to_json(draft.path / "trainer_state.json")
+            _write_state(trainer, draft.path / TRAINER_STATE)
             save_tree(draft.path, PROGRESS, progress_of(trainer, run))
         checkpoint = draft.commit(step=state.global_step, extra={"versions": trainer.run_record["versions"]})
     run.events.saved_at = (state.global_step, run.events.epoch_ended)
@@ -124,6 +127,24 @@ def save_checkpoint(trainer: Trainer, run: Run, trial: Any) -> Checkpoint:
         if old.step in retired:
             store.retire(old)
     return checkpoint
+
+
+def _write_state(trainer: Trainer, file: Path) -> None:
+    """Of a log that is longer than is read again, only the newest part is written; `metrics.jsonl` has all of it."""
+    state, whole_log = trainer.state, trainer.state.log_history
+    state.save_to_json(file)
+    try:
+        while len(state.log_history) > 1 and LOG.problem_of(file.read_bytes()):
+            state.log_history = state.log_history[len(state.log_history) // 2 :]
+            state.save_to_json(file)
+    finally:
+        num_left_out = len(whole_log) - len(state.log_history)
+        state.log_history = whole_log
+    if num_left_out:
+        trainer.notices.say(
+            f"the log has {len(whole_log):,} entries: {file.name} leaves out the oldest {num_left_out:,}, metrics.jsonl "
+            "has them all. Fewer logs: logging_steps"
+        )
 
 
 def _require_finite_weights(trainer: Trainer) -> None:
@@ -181,7 +202,7 @@ def restore_run(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> None:
         trainer.notices.say(f"changed since {folder.name}: {change}")
     run.recorded_cut = progress["cut"]
     trainer.call_hook(trainer._load_from_checkpoint, resume_from_checkpoint=str(folder), model=trainer.model)
-    state = TrainerState.load_from_json(folder / "trainer_state.json")
+    state = TrainerState.load_from_json(folder / TRAINER_STATE)
     state.stateful_callbacks = {**trainer.state.stateful_callbacks, **state.stateful_callbacks}
     if state.best_model_checkpoint is not None:
         # Beside the one resumed from, wherever that is now: a run may have been moved, and a file may name any place.
@@ -230,7 +251,7 @@ def _restore_position(trainer: Trainer, run: Run, position: dict[str, Any]) -> N
         batches, stream_state = 0, None
     run.batches.position.epoch, run.batches.position.batches_done = epoch, batches
     if position["epoch_ended"]:
-        epoch, batches, stream_state = epoch + 1, 0, None
+        epoch, batches, stream_state = epoch + 1, 0, state_at_next_epoch(stream_state)
     run.first_epoch, run.first_batch, run.stream_state = epoch, batches, stream_state
 
 

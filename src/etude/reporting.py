@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etude.errors import ConfigError
+from etude.checkpoint.store import CheckpointStore
+from etude.errors import ConfigError, EtudeError, Interrupted
 from etude.model.loss import unwrapped
 from etude.observe import run_log
 from etude.observe.amounts import of_bytes, of_seconds
 from etude.observe.concerns import concerns_of
 from etude.observe.machine import device_name, peak_memory_bytes, versions
 from etude.observe.model_card import Card, write_card
-from etude.observe.report import REPORT_NAME, SECRET_NAME, Report, ShownSample, write
+from etude.observe.report import REPORT_NAME, SECRET_NAME, Ending, Report, ShownSample, write
 from etude.observe.start_screen import RunSummary, rows
 from etude.recovery import RECORDED_SETTINGS
 from etude.summary import describe
@@ -21,7 +23,16 @@ from etude.summary import describe
 if TYPE_CHECKING:
     from etude.trainer import Trainer
 
-USUAL = ("packed path:", "general path:", "trains ", "compiles ", "a token takes", "loaded the best", "warning: ")
+USUAL = (
+    "packed path:",
+    "general path:",
+    "trains ",
+    "compiles ",
+    "a token takes",
+    "loaded the best",
+    "warning: ",
+    "samples are",
+)
 """Notices that report nothing out of the ordinary; warnings have a place of their own."""
 FOLDERS = ("output", "output_dir", "logging_dir", "data", "eval_data")
 """Settings that mean something on this machine only; a card travels."""
@@ -30,13 +41,19 @@ ONLY_BEFORE = ("memory", "disk", "time")
 
 
 def write_report(
-    trainer: Trainer, samples: Sequence[ShownSample] = (), settings: Mapping[str, Any] | None = None
+    trainer: Trainer,
+    samples: Sequence[ShownSample] = (),
+    settings: Mapping[str, Any] | None = None,
+    error: BaseException | None = None,
+    command: str | None = None,
 ) -> Path:
-    """Write `report.html` and `loss.png` of a finished (or stopped) run into its output folder.
+    """Write `report.html` and `loss.png` of a finished, stopped or failed run into its output folder.
 
     Args:
         samples: replies before and after training, to be shown side by side.
         settings: what to show as the settings; by default all training arguments.
+        error: what `train()` raised, where it did; the page then says so and how to go on.
+        command: what is typed to go on; by default the call in Python.
 
     Returns:
         The path of `report.html`. Secrets among arguments and environment variables are never in it.
@@ -46,8 +63,9 @@ def write_report(
     """
     summary = _summary_of(trainer)
     folder = Path(str(trainer.args.output_dir))
+    checkpoint = _newest_checkpoint(folder) if error is not None else None
     report = Report(
-        title=f"{_short(summary.model_name)}, fine-tuned",
+        title=f"{_short(summary.model_name)}, {'fine-tuned' if error is None else _outcome(error)}",
         subtitle=_subtitle(trainer, summary),
         figures=_figures(trainer),
         log_history=trainer.state.log_history,
@@ -56,9 +74,10 @@ def write_report(
         run=[(label, lines) for label, lines in rows(summary) if label not in ONLY_BEFORE],
         settings=trainer.args.to_dict() if settings is None else settings,
         environment=_environment(trainer),
-        usage=usage(trainer),
+        usage=usage(trainer, checkpoint) if error is None or checkpoint else [],
         samples=samples,
         skipped_rows=[str(error) for error in getattr(trainer.train_dataset, "rejected", ())],
+        ending=_ending(error, checkpoint, command) if error is not None else None,
     )
     for line in write(report, folder, _secrets(trainer)):
         trainer.notices.say(line)
@@ -75,14 +94,15 @@ def write_model_card(trainer: Trainer, settings: Mapping[str, Any] | None = None
     folder = Path(str(trainer.args.output_dir))
     arguments = trainer.args.to_dict()
     chosen = {name: arguments[name] for name in arguments if name in trainer.args.explicit or name in RECORDED_SETTINGS}
+    travelling = replace(summary, train=replace(summary.train, source=""))
     shown = ("adapter", "train", "eval", "batch", "steps", "schedule", "precision")
     card = Card(
-        base_model=summary.model_name,
+        base_model=_short(summary.model_name) if Path(summary.model_name).is_absolute() else summary.model_name,
         pipeline_tag="text-generation" if summary.model_class.endswith("ForCausalLM") else None,
         folder=folder.resolve().name,
         adapter=summary.adapter.kind if summary.adapter else "full-weight",
         method=summary.adapter.kind if summary.adapter else "full",
-        facts=[(label, lines) for label, lines in rows(summary) if label in shown],
+        facts=[(label, lines) for label, lines in rows(travelling) if label in shown],
         results=_figures(trainer),
         settings={name: value for name, value in (settings or chosen).items() if name not in FOLDERS},
         environment=_environment(trainer),
@@ -119,6 +139,30 @@ def _summary_of(trainer: Trainer) -> RunSummary:
     return describe(trainer, trainer._run.plan)
 
 
+def _newest_checkpoint(folder: Path) -> str | None:
+    checkpoint, _ = CheckpointStore(folder).newest_valid()
+    return str(checkpoint.path) if checkpoint is not None else None
+
+
+def _outcome(error: BaseException) -> str:
+    return "stopped" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+
+
+def _ending(error: BaseException, checkpoint: str | None, command: str | None) -> Ending:
+    """What ended the run, and what is to be done."""
+    if isinstance(error, Interrupted):
+        what = str(error).partition(":")[0]
+    elif isinstance(error, KeyboardInterrupt):
+        what = "left at once, at a second Ctrl-C"
+    else:
+        what = f"failed: {error if isinstance(error, EtudeError) else f'{type(error).__name__}: {error}'}"
+    again = command or f"trainer.train(resume_from_checkpoint={'True' if checkpoint else 'False'})"
+    first = "" if _outcome(error) == "stopped" else "Set right what the message names. "
+    if checkpoint is None:
+        return Ending(what, (f"{first}No checkpoint was written yet, so this starts from the beginning:", again))
+    return Ending(what, (f"{first}This goes on from {Path(checkpoint).name} as if nothing had happened:", again))
+
+
 def _short(model_name: str) -> str:
     return Path(model_name).name or model_name
 
@@ -127,7 +171,9 @@ def _subtitle(trainer: Trainer, summary: RunSummary) -> str:
     state = trainer.state
     done = state.global_step >= state.max_steps
     progress = (
-        f"{state.global_step:,} updates" if done else f"stopped after {state.global_step:,} of {state.max_steps:,}"
+        f"{state.global_step:,} updates"
+        if done
+        else f"ended after {state.global_step:,} of {state.max_steps:,} updates"
     )
     kind = summary.adapter.kind if summary.adapter is not None else "full fine-tuning"
     return f"{kind}, {progress}, {summary.output_dir}"

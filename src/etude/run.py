@@ -231,7 +231,9 @@ class Run:
         parts: list[MicroBatch] | None = trainer.cutter.split(micro_batch)
         if parts is None and trainer.path.name == "packed" and trainer.path.plan.keep_less():
             step = trainer.state.global_step + 1
-            trainer.notices.say(f"out of memory at step {step}: from here on layers are run again in the backward pass")
+            trainer.notices.say(
+                f"out of memory at step {step}: from here on more layers are run again in the backward pass"
+            )
             return [micro_batch]
         if parts is not None:
             trainer.cut |= trainer.cutter.record()

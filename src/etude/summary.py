@@ -12,8 +12,8 @@ from etude.model.coverage import reach_of
 from etude.model.loss import unwrapped
 from etude.observe.concerns import concerns_of
 from etude.observe.hazards import hazards_of
-from etude.observe.machine import device_name
-from etude.observe.start_screen import AdapterSummary, Concern, Coverage, DataSummary, RunSummary
+from etude.observe.machine import device_name, free_memory_bytes
+from etude.observe.start_screen import AdapterSummary, Concern, Coverage, DataSummary, Need, RunSummary
 
 if TYPE_CHECKING:
     from etude.run import Plan, Run
@@ -23,6 +23,7 @@ KINDS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "IA3": "IA3", "LOHA": "LoHa", "LO
 SHOWN_SETTINGS = (("r", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("tokens", "num_virtual_tokens"))
 ROWS_LOOKED_AT = 1000
 IGNORED_LABEL = -100
+BYTES_OF_A_LOGIT = 4
 CONCERNS_SAID = 3
 """A script gets the gravest ones; the command shows all."""
 
@@ -72,6 +73,7 @@ def describe(
         evaluates=str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no",
         saves=str(getattr(args.save_strategy, "value", args.save_strategy)) != "no",
         max_length=max_length,
+        kept_logits=_kept_logits(trainer, base),
     )
 
 
@@ -127,8 +129,10 @@ def describe_data(dataset: Any) -> DataSummary:
 
     A dataset that computes its rows is not looked into: that could take long, or draw random numbers.
     """
+    source = getattr(dataset, "source", "")  # of rows that we read; anything may be called so elsewhere
+    source = source if isinstance(source, str) else ""
     if dataset is None or not has_length(dataset):
-        return DataSummary(None)
+        return DataSummary(None, source=source)
     statistics = getattr(dataset, "statistics", None)
     if statistics is not None and hasattr(statistics, "supervised_tokens"):
         known = {name: getattr(statistics, name, None) for name in ("longest", "cut_off", "duplicates")}
@@ -137,6 +141,7 @@ def describe_data(dataset: Any) -> DataSummary:
             tokens=statistics.tokens,
             supervised_tokens=statistics.supervised_tokens,
             skipped=len(getattr(dataset, "rejected", ())),
+            source=source,
             **known,
         )
     ids, labels = _first_columns(dataset)
@@ -180,6 +185,23 @@ def _eval_samples(dataset: Any) -> int | None:
         return None
     parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
     return sum(map(len, parts)) if all(has_length(part) for part in parts) else -1
+
+
+def _kept_logits(trainer: Trainer, base: Any) -> Need | None:
+    """What the logits of a whole evaluation need, where they are kept until its end; None where nothing is known."""
+    args = trainer.args
+    is_reduced = trainer.preprocess_logits_for_metrics is not None or args.batch_eval_metrics
+    if trainer.compute_metrics is None or is_reduced or args.prediction_loss_only:
+        return None
+    if not type(base).__name__.endswith("ForCausalLM"):
+        return None
+    dataset = trainer.eval_dataset
+    parts = [describe_data(part) for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
+    tokens = [
+        part.tokens / (part.counted_samples or part.samples or 1) * (part.samples or 0) for part in parts if part.tokens
+    ]
+    needed = sum(tokens) * base.config.get_text_config().vocab_size * BYTES_OF_A_LOGIT
+    return Need(int(needed), free_memory_bytes()) if needed else None
 
 
 def _weights_format(base: Any) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -51,6 +51,9 @@ from etude.precision import LossScaler, choose_precision, keep_trainable_in_floa
 from etude.recovery import SaveAttempts, describe_run, restore_run, set_aside
 from etude.run import Plan, Run, plan_run
 from etude.summary import introduction
+
+if TYPE_CHECKING:
+    from etude.check_report import StepCheck
 
 REPLACES_FORWARD = (
     "compute_loss",
@@ -256,6 +259,26 @@ class Trainer(
                     step=output.global_step,
                 )
             return output
+
+    def check(self, reference_dtype: Any = None) -> StepCheck:
+        """Compute the first step of the run on the path in force and through stock peft, and compare the gradients.
+
+        The rows are those that `train()` would begin with, from the weights as they are; stock peft sees the padded batches
+        and the model's own forward, in the same precision. Dropout is off in both. Nothing is updated or written: weights,
+        gradients, random numbers and the trainer are left as they were.
+
+        Args:
+            reference_dtype: "float32" compares both with a float32 copy of the model as well, where memory allows.
+
+        Returns:
+            Losses and errors of every tensor, worst first; `is_fine` judges them, printing it shows a table.
+
+        Raises:
+            ConfigError, ModelError, DataError: as `train()` does for settings, models and data that cannot be trained.
+        """
+        from etude.check import check_step
+
+        return check_step(self, reference_dtype)
 
     def _build_run(
         self, resume: str | bool | None, trial: Any, ignore_keys: list[str] | None, until_the_end: ExitStack

@@ -244,6 +244,27 @@ def test_defaults_follow_what_was_said(said: dict[str, Any], expected: dict[str,
     TrainingArguments(**settings)  # they never contradict each other
 
 
+@pytest.mark.parametrize(
+    ("said", "rows", "steps"),
+    [
+        ({}, 20, 1),  # 6 updates
+        ({}, 10_000, 10),
+        ({"max_steps": 150}, 10_000, 5),
+        ({"max_steps": 150}, None, 5),
+        ({"num_train_epochs": 30}, 50, 4),  # 120 updates
+        ({"logging_steps": 7}, 20, 7),
+    ],
+)
+def test_a_short_run_logs_often_enough_for_a_curve(said: dict[str, Any], rows: int | None, steps: int) -> None:
+    assert resolved(said, num_train_rows=rows)["logging_steps"] == steps
+
+
+@pytest.mark.parametrize(("said", "interval"), [({}, 0.25), ({"max_steps": 30}, 0.1), ({"eval_steps": 2}, 2)])
+def test_a_run_of_a_few_updates_is_not_spent_on_evaluations(said: dict[str, Any], interval: float) -> None:
+    settings = resolved(said, num_train_rows=20)
+    assert settings["eval_steps"] == settings["save_steps"] == interval
+
+
 def test_without_rows_to_evaluate_on_nothing_is_evaluated() -> None:
     settings = resolved({}, num_eval_rows=0)
     assert "eval_strategy" not in settings

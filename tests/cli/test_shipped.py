@@ -15,8 +15,8 @@ from etude.arguments import TrainingArguments
 from etude.cli import explain, recipe, shipped
 from etude.cli import main as command
 from etude.cli.defaults import Facts, training_settings
+from etude.cli.rows import read_data
 from etude.cli.sources import sources_of
-from etude.cli.train import read_data
 from etude.errors import ConfigError
 
 Capture = pytest.CaptureFixture[str]
@@ -133,7 +133,7 @@ def test_a_named_template_travels_with_the_adapter(tmp_path: Path, template: str
         [],
     )
     prepared = train.prepare(recipe.build(settings), settings, trust_remote_code=False)
-    tokens = prepared.train_rows[0]["input_ids"]
+    tokens = prepared.rows.train[0]["input_ids"]
     assert prepared.tokenizer.decode(tokens) == text
     prepared.tokenizer.save_pretrained("adapter")
     served = Voice(type(prepared.tokenizer).from_pretrained("adapter"), format="messages", template=None)

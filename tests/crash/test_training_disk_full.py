@@ -15,7 +15,7 @@ from training import Ended, Train, steps_in, unsound
 
 pytest_plugins = ["training_fixtures"]
 
-ERRORS = {name: getattr(errno, name) for name in ("ENOSPC", "EIO", "EROFS", "EMFILE")}
+ERRORS = {name: getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EMFILE")}
 
 
 def failing(name: str, *, step: int = 4, until: int = -1) -> dict[str, Any]:

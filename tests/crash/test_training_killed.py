@@ -45,7 +45,7 @@ def calls_of_the_save(train_in_child: Train, prepared: Path, limit: int | None) 
 
 def kill_at_calls(train_in_child: Train, prepared: Path, whole: Ended, *, every: int, limit: int | None) -> None:
     calls = calls_of_the_save(train_in_child, prepared, limit)
-    wrong = []
+    wrong, trials = [], 0
     renames = {at for at, call in enumerate(calls) if call == "rename"}
     around = {at + offset for at in renames for offset in (0, 1)}
     for at in sorted({*range(0, len(calls), every), *around}):
@@ -60,6 +60,8 @@ def kill_at_calls(train_in_child: Train, prepared: Path, whole: Ended, *, every:
         problems += [f"left behind: {path.name}" for path in (folder / "out").glob(".t*")]
         wrong += [f"kill at call {at} ({calls[at]}): {problem}" for problem in problems]
         shutil.rmtree(folder)
+        trials += 1
+    print(f"{trials} kills over {len(calls)} calls")
     assert not wrong, "\n".join(wrong)
 
 
@@ -99,6 +101,7 @@ def test_kills_at_any_time(train_in_child: Train, fast_dir: Path, whole: Ended, 
     kills = sum(
         killed_times(train_in_child, fast_dir / str(trial), whole, [draw.uniform(0.05, 1)]) for trial in range(6)
     )
+    print(f"{kills} of 6 runs were killed")
     assert kills >= 2
 
 
@@ -113,6 +116,7 @@ def test_two_hundred_kills_at_any_time(
     for trial in range(10):
         share = [draw.uniform(0.05, 1)]
         kills += killed_times(train_in_child, fast_dir / str(trial), whole, share, dataloader_num_workers=workers)
+    print(f"{kills} of 10 runs were killed")
     assert kills >= 4
 
 

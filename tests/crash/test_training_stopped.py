@@ -14,7 +14,7 @@ from training import SETTINGS, Ended, Train, metrics_of, steps_in, unsound
 
 pytest_plugins = ["training_fixtures"]
 
-TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+TERM, INT, USR1, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 FINGERPRINTED = 2 * 16  # rows that are looked at before the first step
 MOMENTS = {  # what happens -> how often it has happened when the signal comes, and the step after which the run stops
     "on_train_begin": (1, 0),
@@ -35,7 +35,7 @@ MOMENTS = {  # what happens -> how often it has happened when the signal comes, 
     "on_train_end": (1, 9),
 }
 NEEDS_WORKERS = {"fork"}
-NEXT_SIGNAL = dict(zip(MOMENTS, itertools.cycle([TERM, INT, USR1]), strict=False))
+NEXT_SIGNAL = dict(zip(MOMENTS, itertools.cycle([TERM, INT, USR1, HUP]), strict=False))
 
 
 def check_stop(
@@ -61,7 +61,7 @@ def test_a_stop_at_any_moment(train_in_child: Train, fast_dir: Path, whole: Ende
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("number", [TERM, INT, USR1])
+@pytest.mark.parametrize("number", [TERM, INT, USR1, HUP])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_every_signal_at_any_moment(
     train_in_child: Train, fast_dir: Path, whole: Ended, moment: str, number: signal.Signals, workers: int

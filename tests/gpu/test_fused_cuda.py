@@ -17,6 +17,7 @@ from etude.kernels import fused
 from fused_checks import (
     Inputs,
     check_accumulate,
+    check_add_product,
     check_copy_rows,
     check_gate,
     check_gather,
@@ -64,6 +65,13 @@ def test_rotate(inputs: Inputs, T: int, H: int, d: int, norm: bool, in_place: bo
 @pytest.mark.parametrize(("T", "F", "apart"), [(1, 33, 0), (7, 130, 6), (4096, 3072, 64), (1024, 14336, 32)])
 def test_gate(inputs: Inputs, T: int, F: int, apart: int, activation: str, in_place: bool) -> None:
     check_gate(inputs, T, F, activation=activation, in_place=in_place, apart=apart)
+
+
+@pytest.mark.parametrize(
+    ("T", "columns", "R", "apart"), [(1, 33, 1, 0), (70, 130, 5, 6), (4096, 2560, 16, 64), (1000, 14336, 128, 32)]
+)
+def test_add_product(inputs: Inputs, T: int, columns: int, R: int, apart: int) -> None:
+    check_add_product(inputs, T, columns, R, apart=apart)
 
 
 @pytest.mark.parametrize(("T", "R"), [(1, 1), (7, 24), (700, 5), (16384, 48)])

@@ -229,8 +229,8 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_json_bombs(checkpoint: Path, bomb: str) -> None:
     (checkpoint / "MANIFEST.json").write_bytes(BOMBS[bomb])
-    refused(checkpoint, "is not valid JSON")
-    with pytest.raises(CheckpointError, match=r"MANIFEST\.json: is not valid JSON"):
+    refused(checkpoint, "holds too much" if bomb == "deep lists" else "is not valid JSON")
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json: (is not valid JSON|holds too much)"):
         read_json_strict(checkpoint / "MANIFEST.json", 1 << 20)
 
 
@@ -325,10 +325,8 @@ def test_sound_tensors_are_read(tmp_path: Path) -> None:
     assert {name: tensor.numpy().tolist() for name, tensor in tensors.items()} == {
         name: array.tolist() for name, array in wanted.items()
     }
-    with pytest.raises(CheckpointError, match="tensors, at most 2 are read"):
-        read_safetensors_checked(path, max_tensors=2)  # the metadata counts as one
-    with pytest.raises(CheckpointError, match="at most 10 are read"):
-        read_safetensors_checked(path, max_header_bytes=10)
+    with pytest.raises(CheckpointError, match="holds 2 tensors, at most 1 are read"):
+        read_safetensors_checked(path, max_tensors=1)
 
 
 def test_a_linked_tensor_file_is_not_read(tmp_path: Path) -> None:

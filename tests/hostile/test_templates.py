@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,14 @@ REFUSED = [
 
 FATAL = [
     ("a number without end", "{{ (10 ** (10 ** 9)) | string | length }}", TIME),
+    ("a loop without end", LOOP.replace("BODY", ""), TIME),
+    ("time while compiling", "{{ 7 ** (7 ** 11) }}", TIME),
+    (
+        "many large pieces",
+        "{% set n = namespace(l=[]) %}{% for i in range(9999) %}"
+        "{% set n.l = n.l + [messages[1].content * 10**6] %}{% endfor %}",
+        MEMORY,
+    ),
     ("depth of the source", "{{ " + "(" * 100_000, "nests too deeply"),
     ("ten gigabytes while compiling", "{{ 'a' * 10**10 }}", MEMORY),
 ]
@@ -54,11 +65,61 @@ def replies_to(template: str, chats: list[Chat]) -> list[Rendered | Refused]:
     return replies
 
 
+MAX_SECONDS, MAX_KIBIBYTES = 2.0, 256 << 10
+
+
+class Peak(threading.Thread):
+    """Looks at the memory of a process again and again until it is gone; the least and the most it saw, in KiB."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.status, self.least, self.most = Path(f"/proc/{pid}/status"), 0, 0
+        self.look()
+
+    def look(self) -> bool:
+        try:
+            text = self.status.read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        figures = [int(line.split()[1]) for line in text.splitlines() if line.startswith("VmRSS:")]
+        self.least, self.most = self.least or sum(figures), max(self.most, *figures, 0)
+        return bool(figures)
+
+    def run(self) -> None:
+        while self.look():
+            time.sleep(0.002)
+
+
+def seconds_of(pid: int) -> float:
+    """The processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def seconds_of_the_dead() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the figures are read from /proc")
 @pytest.mark.parametrize(("template", "said"), [case[1:] for case in FATAL], ids=[case[0] for case in FATAL])
 def test_attack_is_stopped_by_its_limit(template: str, said: str) -> None:
+    """Within 2 s of processor time and 256 MiB of memory beyond those of the process that has loaded its libraries."""
+    harmless = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert replies_to(harmless, [CHAT]) == [Rendered("ab", [(1, 2)])]
+    worker = renderer._worker
+    assert worker is not None
+    before, dead_before = seconds_of(worker.pid), seconds_of_the_dead()
+    peak = Peak(worker.pid)
+    peak.start()
     [reply] = replies_to(template, [CHAT])
     assert isinstance(reply, Refused)
     assert said in reply.reason and not reply.by_row
+    renderer.close()
+    peak.join()
+    seconds, kibibytes = seconds_of_the_dead() - dead_before - before, peak.most - peak.least
+    print(f"{seconds:.2f} s, {kibibytes >> 10} MiB")
+    assert seconds < MAX_SECONDS and kibibytes < MAX_KIBIBYTES
 
 
 def test_attack_is_refused_without_harm_to_the_rows_beside_it(tmp_path: Path) -> None:

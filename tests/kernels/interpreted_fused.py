@@ -10,6 +10,7 @@ from etude.kernels.reference import GELU_TANH, SILU
 from fused_checks import (
     Inputs,
     check_accumulate,
+    check_add_product,
     check_copy_rows,
     check_gate,
     check_gather,
@@ -52,6 +53,13 @@ def test_rotate(inputs: Inputs, T: int, H: int, d: int, norm: bool, in_place: bo
 @pytest.mark.parametrize(("T", "F", "apart"), [(1, 33, 0), (7, 130, 16), (2, 1030, 6)])
 def test_gate(inputs: Inputs, T: int, F: int, apart: int, activation: str, in_place: bool) -> None:
     check_gate(inputs, T, F, activation=activation, in_place=in_place, apart=apart)
+
+
+@pytest.mark.parametrize(("T", "columns", "R", "apart"), [(1, 33, 1, 0), (70, 130, 5, 16), (9, 260, 100, 6)])
+def test_add_product(inputs: Inputs, T: int, columns: int, R: int, apart: int) -> None:
+    if inputs.dtype == torch.bfloat16:
+        pytest.skip("the interpreter's tl.dot multiplies the bits of bfloat16 as whole numbers; tested on a GPU")
+    check_add_product(inputs, T, columns, R, apart=apart)
 
 
 @pytest.mark.parametrize(("T", "R"), [(1, 1), (7, 24), (700, 5)])

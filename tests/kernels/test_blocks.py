@@ -312,6 +312,22 @@ def test_two_forwards_before_their_backwards() -> None:
     assert_equal(together, in_turn, 1e-6)
 
 
+@pytest.mark.parametrize("recomputed", [0, 1, 2])
+def test_layers_that_are_run_again_attend_over_the_same_samples(recomputed: int) -> None:
+    """In the backward pass, when the model's attention setting has long been put back."""
+    model = adapted("gemma3, window 4")
+    batch = batches()[0]
+    path = with_blocks(model, batch)
+    kept = loss_and_gradients(model, lambda: iter([path.loss(model, batch, 10)]))
+    path.plan.keep(num_recomputed=recomputed, num_without_gates=1)
+    again = loss_and_gradients(model, lambda: iter([path.loss(model, batch, 10)]))
+    assert_equal(again, kept, 1e-6)
+    for _ in range(2 - recomputed):
+        assert path.plan.keep_less()
+        assert_equal(loss_and_gradients(model, lambda: iter([path.loss(model, batch, 10)])), kept, 1e-6)
+    assert not path.plan.keep_less()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_keeps_the_blocks(reentrant: bool) -> None:
     model = adapted("gemma3, window 4")
@@ -489,6 +505,13 @@ def replaced_forward() -> nn.Module:
     return model
 
 
+def a_weight_of_its_own() -> nn.Module:
+    """Frozen by nobody, and used by nobody in the forward that a probe compares, yet not for a block to leave out."""
+    model = adapted("llama")
+    decoder_of(causal_model(model)).layers[0].register_parameter("gain", nn.Parameter(torch.zeros(1)))
+    return model
+
+
 def backward_hook() -> nn.Module:
     model = adapted("llama")
     decoder_of(causal_model(model)).layers[0].mlp.register_full_backward_hook(lambda *seen: None)
@@ -513,10 +536,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "fused projections": (lambda: with_lora(built(Phi3ForCausalLM, Phi3Config)), "its parts are other ones"),
     "norms after": (lambda: with_lora(built(Olmo2ForCausalLM, Olmo2Config)), "its parts are other ones"),
     "dropout in the layer": (
-        lambda: with_lora(built(SeedOssForCausalLM, SeedOssConfig, head_dim=8, residual_dropout=0.1)),
+        lambda: with_lora(
+            built(SeedOssForCausalLM, SeedOssConfig, head_dim=8, attention_dropout=0.0, residual_dropout=0.1)
+        ),
         "dropout (residual_dropout)",
     ),
     "a replaced forward": (replaced_forward, "the forward of its LlamaAttention was replaced"),
+    "attention dropout": (lambda: with_lora(tiny_llama(attention_dropout=0.1)), "dropout (attention_dropout)"),
+    "another weight": (a_weight_of_its_own, "a trainable weight (gain)"),
     "a hook": (backward_hook, "hooks on its LlamaMLP"),
 }
 

@@ -27,7 +27,10 @@ from short_run import short_trainer
 from tiny import Padded, language_rows, tiny_gemma3, tiny_llama, tiny_qwen3, with_lora
 
 INTERPRETED = Path(__file__).with_name("interpreted_fp8.py")
-WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+
+# Weights as models are made with, not those of the other tests: wide ones saturate the attention, whose gradient then
+# multiplies every rounding.
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "initializer_range": 0.05}
 KINDS = {"llama": tiny_llama, "qwen3": tiny_qwen3, "gemma3": tiny_gemma3}
 
 
@@ -156,7 +159,7 @@ def test_a_run_follows_the_one_in_bfloat16() -> None:
     exact, ours = losses
     assert ours != exact
     assert ours == pytest.approx(exact, rel=1e-2)
-    assert exact[-1] < 0.9 * exact[0]  # it learned
+    assert exact[-1] < 0.95 * exact[0]  # it learned
 
 
 # -- who is refused ------------------------------------------------------------------------------------------------------

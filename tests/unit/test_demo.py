@@ -466,6 +466,6 @@ def test_wrong_settings_are_refused_at_once(tmp_path: Path) -> None:
 
 def test_the_python_lines_of_the_summary_are_python(tmp_path: Path) -> None:
     result = run.DemoResult(tmp_path, tmp_path / "it's here", 0.0, 1.0, 1, (sample("answer"),), {"training": 1.0})
-    lines = [line[4:] for line in summary(result).splitlines() if line.startswith("    ") and "etude train" not in line]
+    lines = [line[4:] for line in summary(result).splitlines() if line.startswith("    ") and "etude " not in line]
     compile("\n".join(lines), "summary", "exec")
     assert len(lines) >= 6

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from etude import Trainer
 from etude.data.batching import StepBatches
-from etude.data.loader import TrainingStream, build_loader
+from etude.data.loader import TrainingStream, build_loader, state_at_next_epoch
 from etude.data.order import EpochBatches, EpochSampler
+from etude.errors import DataError
 from etude.interrupts import StopNow
 from short_run import logged, short_trainer
 from tiny import ListDataset, StreamDataset, adapter_of, language_rows, same_bits, tiny_llama, with_lora
@@ -187,6 +189,7 @@ def workers_of(data: TrainingStream) -> list[int]:
 
 def kill_and_wait(pid: int) -> None:
     """Until it is dead, but not yet waited for by anybody."""
+    time.sleep(0.05)  # its last batch is on its way: a worker killed within that holds up the others for seconds
     os.kill(pid, signal.SIGKILL)
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.001)
@@ -250,14 +253,106 @@ def test_a_dead_worker_is_noticed_nowhere_but_in_the_wait_for_data() -> None:
     assert [first, data.next(), data.next()] == epoch_of(stream())[:3]
 
 
-def test_persistent_workers_are_not_started_again() -> None:
-    data = stream(num_workers=1, persistent_workers=True)
-    data.open(0)
+@pytest.mark.parametrize("kind", [Numbers, NumberStream])
+def test_persistent_workers_are_started_again_as_well(kind: Any) -> None:
+    wanted = [epoch_of(stream(kind(), num_workers=2), epoch) for epoch in (0, 1, 2)]
+    data = stream(kind(), num_workers=2, persistent_workers=True, prefetch_factor=1)
+    assert epoch_of(data, 0) == wanted[0]
+    data.open(1)
+    batches = [data.next(), data.next()]
     kill_and_wait(workers_of(data)[0])
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
-        data.next()
-        data.next()
-        data.next()
+    while (batch := data.next()) is not None:
+        batches.append(batch)
+    assert batches == wanted[1]
+    of_epoch_1 = workers_of(data)
+    assert epoch_of(data, 2) == wanted[2]
+    if kind is Numbers:  # a worker's copy of a stream goes its own way, so that it is made anew
+        assert workers_of(data) == of_epoch_1
+    data.close(also_persistent=True)
+
+
+# A loader that the user built
+
+
+def users_loader(kind: str, workers: int = 0) -> TrainingStream:
+    generator = torch.Generator().manual_seed(11)
+    weights = [1.0 + number % 3 for number in range(NUM_ROWS)]
+    shuffles: dict[str, dict[str, Any]] = {
+        "loader": {"shuffle": True, "generator": generator},
+        "sampler": {"sampler": torch.utils.data.WeightedRandomSampler(weights, NUM_ROWS, generator=generator)},
+        "global": {"shuffle": True},
+    }
+    loader = torch.utils.data.DataLoader(
+        Numbers(), batch_size=BATCH, collate_fn=list, num_workers=workers, **shuffles[kind]
+    )
+    return TrainingStream(loader, seed=7)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["loader", "sampler", "global"])
+def test_the_generator_of_a_users_loader_is_put_back(kind: str, workers: int) -> None:
+    """Every epoch draws its order from where the one before left the generator."""
+    whole = users_loader(kind, workers)
+    epochs, states = [], {}
+    for epoch in range(3):
+        whole.open(epoch)
+        states[epoch, 0] = whole.state()
+        epochs.append([whole.next() for _ in range(4)])
+        states[epoch, 4] = whole.state()
+        while (batch := whole.next()) is not None:
+            epochs[-1].append(batch)
+        states[epoch + 1, 0] = state_at_next_epoch(whole.state())
+    assert epochs[0] != epochs[1] != epochs[2]
+    for (epoch, first), state in states.items():
+        if epoch < 3:
+            resumed = users_loader(kind, workers)
+            resumed.open(epoch, first, state)
+            assert [resumed.next() for _ in range(len(epochs[epoch]) - first)] == epochs[epoch][first:]
+
+
+def test_the_first_epoch_has_the_order_that_torch_gives_it() -> None:
+    generator = torch.Generator().manual_seed(11)
+    loader = torch.utils.data.DataLoader(Numbers(), BATCH, shuffle=True, generator=generator, collate_fn=list)
+    wanted = [[number for number, _ in batch] for batch in loader]
+    assert [[number for number, _ in batch] for batch in epoch_of(users_loader("loader"))] == wanted
+
+
+@pytest.mark.parametrize("kind", ["loader", "global"])
+def test_a_killed_worker_of_a_users_loader(kind: str) -> None:
+    wanted = epoch_of(users_loader(kind, workers=2))
+    data = users_loader(kind, workers=2)
+    data.open(0)
+    batches = [data.next(), data.next()]
+    kill_and_wait(workers_of(data)[0])
+    while (batch := data.next()) is not None:
+        batches.append(batch)
+    assert [sorted(n for n, _ in batch or []) for batch in batches] == [sorted(n for n, _ in batch) for batch in wanted]
+
+
+@pytest.mark.parametrize("wrong", [{}, {"loader": "x"}, {"loader": torch.zeros(3, dtype=torch.uint8)}], ids=str)
+def test_a_state_of_another_loader_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="does not fit this loader"):
+        users_loader("loader").open(1, 2, {"generators": wrong})
+
+
+class WithOwnLoader(Trainer):
+    def get_train_dataloader(self) -> Any:
+        generator = torch.Generator().manual_seed(11)
+        return torch.utils.data.DataLoader(
+            self.train_dataset, batch_size=2, shuffle=True, generator=generator, collate_fn=self.data_collator
+        )
+
+
+@pytest.mark.parametrize("step", [3, 5, 7, 10, 12])
+def test_training_on_a_users_loader_is_resumed(step: int) -> None:
+    """Five steps an epoch: within one, at its end, and after others."""
+    settings = {"trainer_class": WithOwnLoader, "num_train_epochs": 3}
+    whole = short_trainer(output_dir="whole", save_strategy="steps", save_steps=1, **settings)
+    whole.train()
+    resumed = short_trainer(**settings)
+    resumed.train(resume_from_checkpoint=f"whole/checkpoint-{step}")
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    assert same_bits(adapter_of(resumed.model), adapter_of(whole.model))
 
 
 class KillsItsWorkerOnce(ListDataset):

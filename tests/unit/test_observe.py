@@ -311,7 +311,7 @@ def test_an_unknown_tracker_names_the_nearest() -> None:
         tracker_callbacks(arguments(report_to=["wanddb"]))
 
 
-@pytest.mark.parametrize("name", TRACKER_NAMES)
+@pytest.mark.parametrize("name", [name for name in TRACKER_NAMES if name != "kubeflow"])  # needs no package
 def test_a_missing_package_names_its_installation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(module: str) -> ModuleType:
         raise ImportError(module)
@@ -330,7 +330,7 @@ def test_a_service_is_reported_to_by_the_callback_of_transformers(monkeypatch: p
     assert type(callback) is SimpleNamespace
 
 
-def test_every_tracker_of_transformers_but_the_cluster_s_own_is_known() -> None:
+def test_every_tracker_of_transformers_is_known() -> None:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    assert set(INTEGRATION_TO_CALLBACK) - {"kubeflow"} == set(TRACKER_NAMES)
+    assert set(INTEGRATION_TO_CALLBACK) == set(TRACKER_NAMES)

@@ -119,7 +119,7 @@ def test_learning_rates_equal_those_of_transformers_bit_for_bit(
     num_steps = num_training_steps + 5
     our_rates = learning_rates(our_scheduler, ours, num_steps)
     assert our_rates == learning_rates(their_scheduler, theirs, num_steps)
-    base = {"base_lr": 2e-4} if name in ("polynomial", "cosine_with_min_lr", "cosine_warmup_with_min_lr") else {}
+    base = {"lr_init": 2e-4} if name in ("polynomial", "cosine_with_min_lr", "cosine_warmup_with_min_lr") else {}
     pure = [2e-4 * factor(name, k, num_warmup_steps, num_training_steps, **kwargs, **base) for k in range(num_steps)]
     assert pure == our_rates
 
@@ -194,7 +194,7 @@ def test_ignored_options_of_the_constant_schedules_are_announced() -> None:
 
 
 def test_a_run_that_is_all_warm_up_has_a_rate_at_every_step() -> None:
-    assert [factor("polynomial", k, 4, 4, base_lr=0.1) for k in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [factor("polynomial", k, 4, 4, lr_init=0.1) for k in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
 # ---------------------------------------------------------------- groups

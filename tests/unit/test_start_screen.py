@@ -95,7 +95,8 @@ def test_a_good_run_has_no_warning_and_all_its_facts() -> None:
         "1,250 updates = 1 epoch of 1,250 updates",
         "linear from 0.0002, 38 steps of warm-up, adamw_torch",
         "packed: padding removed, samples packed",
-        "about 20 GiB of 70 GiB available: weights 2.3 GiB",
+        "about 20 GiB of 70 GiB available",
+        "weights 2.3 GiB",
         "about 1 h 30 min",
     ):
         assert fact in said
@@ -173,6 +174,11 @@ def test_names_cannot_steer_the_terminal() -> None:
         ({"memory": Need(2**40, 2**30)}, "needs about 1.0 TiB of 1.0 GiB available"),
         ({"disk": Need(2**40, 2**30)}, "only 1.0 GiB are free"),
         ({"disk": Need(2**40, None)}, None),
+        (
+            {"kept_logits": Need(2**40, 2**30)},
+            "each evaluation keeps all logits for compute_metrics: about 1.0 TiB of 1.0",
+        ),
+        ({"kept_logits": Need(2**20, 2**30)}, None),
         ({"steps": 4}, "4 updates will hardly move the adapter"),
         ({"warmup_steps": 900}, "900 of 1,250 steps are warm-up"),
         ({"steps": 25_000}, "20 passes over the same rows"),

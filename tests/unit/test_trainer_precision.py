@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from etude import TrainerCallback
+from etude.precision import use_number_settings
 from short_run import logged, short_trainer
 from tiny import causal_lora, language_rows
 
@@ -57,6 +60,56 @@ def test_evaluation_under_mixed_precision_is_finite_and_near() -> None:
     rows = language_rows(6, 50)
     mixed, exact = short_trainer(eval_rows=rows, bf16=True), short_trainer(eval_rows=rows)
     assert mixed.evaluate()["eval_loss"] == pytest.approx(exact.evaluate()["eval_loss"], rel=0.02)
+
+
+def number_settings() -> list[Any]:
+    cudnn = torch.backends.cudnn
+    return [
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        cudnn.benchmark,
+        torch.backends.cuda.matmul.allow_tf32,
+    ]
+
+
+@pytest.mark.parametrize("before", [(False, False, True, False), (True, True, False, True)])
+def test_settings_of_the_process_are_put_back(
+    before: tuple[bool, bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After training and after an error alike; while it goes on, those that were asked for hold."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    own = number_settings()
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    try:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.benchmark, matmul.allow_tf32 = before[2], before[3]
+        with ExitStack() as until_the_end:
+            use_number_settings(SimpleNamespace(tf32=not before[3], deterministic=True), until_the_end)
+            assert number_settings() == [True, False, False, not before[3]]
+        assert number_settings() == list(before)
+        with pytest.raises(ZeroDivisionError), ExitStack() as until_the_end:
+            use_number_settings(SimpleNamespace(tf32=None, deterministic=True), until_the_end)
+            raise ZeroDivisionError
+        assert number_settings() == list(before)
+        with ExitStack() as until_the_end:
+            use_number_settings(SimpleNamespace(tf32=None, deterministic=False), until_the_end)
+            assert number_settings() == list(before)
+    finally:
+        torch.use_deterministic_algorithms(own[0], warn_only=own[1])
+        cudnn.benchmark, matmul.allow_tf32 = own[2], own[3]
+
+
+class Settings(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen = number_settings()
+
+
+def test_a_deterministic_run_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    before, watcher = number_settings(), Settings()
+    short_trainer(callbacks=[watcher], deterministic=True, max_steps=1).train()
+    assert watcher.seen[:3] == [True, False, False]
+    assert number_settings() == before
 
 
 def test_float32_stays_float32() -> None:

@@ -18,40 +18,74 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from etude.checkpoint.reading import read_json_strict, read_safetensors_checked
+from etude.checkpoint.reading import (
+    DOCUMENT,
+    HEADER_BYTES_PER_TENSOR,
+    MAX_TENSORS,
+    JsonLimits,
+    opened_file,
+    opened_folder,
+    parse_json_strict,
+    read_bounded,
+    read_safetensors_checked,
+)
 from etude.errors import CheckpointError
 
-MAX_JSON_BYTES = 64 * 2**20
+STATE_TENSORS_PER_PARAMETER = 16
+"""More than any optimizer keeps: Adam has 3, its 8-bit form 7."""
 
 SHAPED_LIKE_PARAMETER = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg"})
 """Entries of optimizer states (Adam, SGD, Adagrad, RMSprop) that have the shape of their parameter."""
 
 
-def save_tree(folder: Path, name: str, tree: Any) -> None:
+def save_tree(folder: Path, name: str, tree: Any, max_tensors: int = MAX_TENSORS) -> None:
     """Write `tree` as `<name>.json` and, where it holds tensors, `<name>.safetensors`.
 
     Raises:
-        CheckpointError: for a value that is neither data nor a tensor, naming its place in the tree.
+        CheckpointError: for a value that is neither data nor a tensor, naming its place in the tree; for more than
+            `load_tree` would read again.
     """
     tensors: dict[str, torch.Tensor] = {}
-    encoded = _encode(tree, name, tensors)
+    raw = json.dumps(_encode(tree, name, tensors), allow_nan=False, indent=1).encode()
+    problem = _limits(max_tensors).problem_of(raw)
+    if problem or len(tensors) > max_tensors:
+        reason = problem or f"holds {len(tensors):,} tensors, at most {max_tensors:,} are read"
+        raise CheckpointError(f"could not be read again: it {reason}", path=folder / f"{name}.json")
     if tensors:
         save_file(tensors, str(folder / f"{name}.safetensors"))
-    (folder / f"{name}.json").write_text(json.dumps(encoded, allow_nan=False, indent=1))
+    (folder / f"{name}.json").write_bytes(raw)
 
 
-def load_tree(folder: Path, name: str) -> Any:
+def load_tree(folder: Path, name: str, max_tensors: int = MAX_TENSORS) -> Any:
     """Read what `save_tree` wrote.
 
     Raises:
         CheckpointError: where a file is missing, malformed or larger than it may be.
     """
     path = folder / f"{name}.json"
-    encoded = read_json_strict(path, MAX_JSON_BYTES)
+    limits = _limits(max_tensors)
+    with opened_folder(folder) as opened, opened_file(path.name, folder=opened, shown=path) as descriptor:
+        raw = read_bounded(descriptor, limits.num_bytes, shown=path)
+    encoded = parse_json_strict(raw, shown=path, limits=limits)
+    del raw
     file = folder / f"{name}.safetensors"
-    tensors = read_safetensors_checked(file) if file.exists() else {}
+    tensors = read_safetensors_checked(file, max_tensors) if file.exists() else {}
     with malformed_means_checkpoint_error(path):
         return _decode(encoded, tensors, path)
+
+
+def _limits(max_tensors: int) -> JsonLimits:
+    """A tree of very many tensors has a long text; every other one is a document like all."""
+    return JsonLimits(
+        max(DOCUMENT.num_bytes, 2 * HEADER_BYTES_PER_TENSOR * max_tensors),
+        max(DOCUMENT.values, 8 * max_tensors),
+        max(DOCUMENT.containers, 3 * max_tensors),
+    )
+
+
+def max_optimizer_tensors(names: dict[torch.Tensor, str]) -> int:
+    """How many tensors an optimizer of these parameters may keep: the limit of its tree."""
+    return MAX_TENSORS + STATE_TENSORS_PER_PARAMETER * len(names)
 
 
 @contextmanager

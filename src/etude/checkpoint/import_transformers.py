@@ -7,7 +7,6 @@ the arguments, the cut) is not recorded in the import either, so it cannot be co
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from etude.checkpoint.codec import save_tree
+from etude.checkpoint.codec import STATE_TENSORS_PER_PARAMETER, save_tree
 from etude.checkpoint.draft import Checkpoint
 from etude.checkpoint.manifest import MANIFEST
-from etude.checkpoint.reading import read_json_strict
-from etude.checkpoint.resume import PROGRESS
+from etude.checkpoint.reading import MAX_TENSORS, read_json_strict
+from etude.checkpoint.resume import PROGRESS, TRAINER_STATE, read_trainer_state
 from etude.checkpoint.store import CheckpointStore
 from etude.errors import CheckpointError
-
-STATE = "trainer_state.json"
-MAX_JSON_BYTES = 256 * 2**20
 
 
 def import_checkpoint(folder: str | Path, output_dir: str | Path | None = None) -> Checkpoint:
@@ -48,7 +44,8 @@ def import_checkpoint(folder: str | Path, output_dir: str | Path | None = None) 
     with store.lock(), store.begin(step) as draft:
         with draft.failures_named():
             shutil.copytree(source, draft.path, dirs_exist_ok=True)
-        save_tree(draft.path, "optimizer", _numbered(optimizer, source))
+        numbered = _numbered(optimizer, source)
+        save_tree(draft.path, "optimizer", numbered, MAX_TENSORS + STATE_TENSORS_PER_PARAMETER * len(numbered["state"]))
         save_tree(draft.path, "scheduler", schedule)
         save_tree(draft.path, "scaler", scaler)
         save_tree(draft.path, "rng", randomness)
@@ -57,22 +54,19 @@ def import_checkpoint(folder: str | Path, output_dir: str | Path | None = None) 
 
 
 def _newest_in(folder: Path) -> Path:
-    if (folder / STATE).is_file():
+    if (folder / TRAINER_STATE).is_file():
         return folder
     inside = CheckpointStore(folder).committed() if folder.is_dir() else []
-    complete = [each.path for each in inside if (each.path / STATE).is_file()]
+    complete = [each.path for each in inside if (each.path / TRAINER_STATE).is_file()]
     if not complete:
-        raise CheckpointError(f"is no checkpoint of transformers.Trainer: it has no {STATE}", path=folder)
+        raise CheckpointError(f"is no checkpoint of transformers.Trainer: it has no {TRAINER_STATE}", path=folder)
     return complete[-1]
 
 
 def _read_state(source: Path) -> dict[str, Any]:
-    try:
-        state: Any = json.loads((source / STATE).read_text(encoding="utf-8"))  # theirs may hold NaN, which JSON has not
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"is damaged: {error}", path=source / STATE) from error
+    state = read_trainer_state(source / TRAINER_STATE)
     if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-        raise CheckpointError("is not the state of a trainer", path=source / STATE)
+        raise CheckpointError("is not the state of a trainer", path=source / TRAINER_STATE)
     return state
 
 
@@ -139,7 +133,7 @@ def _adapters(source: Path) -> dict[str, Any] | None:
     """Adapter name -> its settings; None for a model without adapters."""
     files = [source / "adapter_config.json", *sorted(source.glob("*/adapter_config.json"))]
     found = {
-        "default" if file.parent == source else file.parent.name: read_json_strict(file, MAX_JSON_BYTES)
+        "default" if file.parent == source else file.parent.name: read_json_strict(file)
         for file in files
         if file.is_file()
     }

@@ -14,6 +14,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,11 +25,38 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 20
 MAX_JSON_DEPTH = 64
-MAX_HEADER_BYTES = 16 << 20
-MAX_TENSORS = 100_000  # a safetensors header with 1,000,000 empty tensors takes 19 s to parse
+MAX_WIDE_BYTES = 8 << 20  # one character beyond ASCII makes four bytes of every other one in memory
+MAX_TENSORS = 10_000  # of files with no number of their own; a header with 1,000,000 empty tensors takes 19 s to parse
+HEADER_BYTES_PER_TENSOR = 512
 
 # A whole string (possessive, so that an unterminated one costs linear time) or one bracket.
 _JSON_TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class JsonLimits:
+    """How much a JSON text may hold. Its size alone bounds neither time nor memory: three bytes, `{},`, are 70 of memory."""
+
+    num_bytes: int
+    values: int
+    containers: int
+
+    def problem_of(self, raw: bytes) -> str | None:
+        """What is too much in `raw`, told from its bytes before anything is made of them."""
+        if len(raw) > self.num_bytes:
+            return f"has {len(raw):,} bytes, at most {self.num_bytes:,} are read"
+        if len(raw) > MAX_WIDE_BYTES and not raw.isascii():
+            return f"has {len(raw):,} bytes that are not all ASCII, at most {MAX_WIDE_BYTES:,} are read"
+        if raw.count(b",") >= self.values or raw.count(b"[") + raw.count(b"{") > self.containers:
+            return f"holds too much: at most {self.values:,} values and {self.containers:,} lists and objects are read"
+        return None
+
+
+DOCUMENT = JsonLimits(32 << 20, 500_000, 200_000)
+"""A manifest or a tree of training state. At its limits, 1 s and 120 MB to read."""
+
+LOG = JsonLimits(32 << 20, 1_000_000, 250_000)
+"""A trainer state with more than 150,000 entries in its log. At its limits, 1.5 s and 210 MB to read."""
 
 
 @contextmanager
@@ -93,22 +121,22 @@ def read_bounded(file: int, max_bytes: int, *, shown: Path) -> bytes:
     num_bytes = os.fstat(file).st_size
     if num_bytes > max_bytes:
         raise CheckpointError(f"has {num_bytes:,} bytes, at most {max_bytes:,} are read", path=shown)
-    parts, missing = [], max_bytes + 1
-    while missing > 0 and (part := os.read(file, min(missing, CHUNK_BYTES))):
-        parts.append(part)
-        missing -= len(part)
-    if missing <= 0:
+    with open(file, "rb", closefd=False) as whole:
+        raw = whole.read(max_bytes + 1)
+    if len(raw) > max_bytes:
         raise CheckpointError(f"grew past {max_bytes:,} bytes while it was read", path=shown)
-    return b"".join(parts)
+    return raw
 
 
-def parse_json_strict(raw: bytes, *, shown: Path) -> Any:
+def parse_json_strict(raw: bytes, *, shown: Path, limits: JsonLimits = DOCUMENT) -> Any:
     """The JSON value in `raw`. Stricter than the standard library: no duplicate keys, no NaN or infinity (also not as
     1e999), no nesting deeper than `MAX_JSON_DEPTH`, no integers of thousands of digits, UTF-8 only.
 
     Raises:
-        CheckpointError: anything else.
+        CheckpointError: anything else, or more than `limits` allow.
     """
+    if problem := limits.problem_of(raw):
+        raise CheckpointError(problem, path=shown)
     try:
         text = raw.decode("utf-8")
         _bound_depth(text)
@@ -119,7 +147,7 @@ def parse_json_strict(raw: bytes, *, shown: Path) -> Any:
         raise CheckpointError(f"is not valid JSON: {error}", path=shown) from error
 
 
-def read_json_strict(path: str | Path, max_bytes: int) -> Any:
+def read_json_strict(path: str | Path, max_bytes: int = DOCUMENT.num_bytes) -> Any:
     """The JSON value in the regular file `path` of at most `max_bytes` bytes, read by the rules of `parse_json_strict`.
 
     Raises:
@@ -131,20 +159,18 @@ def read_json_strict(path: str | Path, max_bytes: int) -> Any:
     return parse_json_strict(raw, shown=path)
 
 
-def read_safetensors_checked(
-    path: str | Path, max_header_bytes: int = MAX_HEADER_BYTES, max_tensors: int = MAX_TENSORS
-) -> dict[str, torch.Tensor]:
+def read_safetensors_checked(path: str | Path, max_tensors: int = MAX_TENSORS) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, by name, on the CPU.
 
-    The library rejects headers that lie about offsets, shapes or types; the number of tensors and the size of the header
-    are bounded here first, because it spends minutes on large ones.
+    The library rejects headers that lie about offsets, shapes or types; what a header may hold is bounded here first,
+    because the library spends minutes on large ones.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
     """
     path = Path(path)
     with opened_folder(path.parent) as folder, opened_file(path.name, folder=folder, shown=path) as file:
-        _check_safetensors_header(file, max_header_bytes, max_tensors, shown=path)
+        check_safetensors_header(file, max_tensors, shown=path)
     # Here, so that the store, which commits and verifies without tensors, does not need torch.
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -156,26 +182,31 @@ def read_safetensors_checked(
     return tensors
 
 
-def _check_safetensors_header(file: int, max_header_bytes: int, max_tensors: int, *, shown: Path) -> None:
+def check_safetensors_header(file: int, max_tensors: int, *, shown: Path) -> None:
+    """Refuse an open safetensors file whose header is larger than one of `max_tensors` tensors can be.
+
+    Raises:
+        CheckpointError: naming what is too much.
+    """
     num_bytes = os.fstat(file).st_size
     length = os.read(file, 8)
     if len(length) < 8:
         raise CheckpointError(f"has {num_bytes} bytes: too short for a safetensors file", path=shown)
-    header_bytes = int.from_bytes(length, "little")
+    header_bytes, max_header_bytes = int.from_bytes(length, "little"), (max_tensors + 8) * HEADER_BYTES_PER_TENSOR
     if header_bytes > min(max_header_bytes, num_bytes - 8):
         raise CheckpointError(
             f"says its header has {header_bytes:,} bytes; the file has {num_bytes:,} and at most {max_header_bytes:,} "
             "are read",
             path=shown,
         )
-    raw = b""
-    while len(raw) < header_bytes and (part := os.read(file, header_bytes - len(raw))):
-        raw += part
-    header = parse_json_strict(raw, shown=shown)
-    if not isinstance(header, dict):
+    raw = os.pread(file, header_bytes, 8)
+    num_tensors = raw.count(b'"data_offsets"')
+    if num_tensors > max_tensors:
+        raise CheckpointError(f"holds {num_tensors:,} tensors, at most {max_tensors:,} are read", path=shown)
+    # Each tensor is an object with two lists and, where its shape has a few dimensions, less than a dozen values.
+    limits = JsonLimits(max_header_bytes, 12 * max_tensors + 256, 3 * max_tensors + 8)
+    if not isinstance(parse_json_strict(raw, shown=shown, limits=limits), dict):  # the library takes a name twice
         raise CheckpointError("its header is not a JSON object", path=shown)
-    if len(header) > max_tensors:
-        raise CheckpointError(f"holds {len(header):,} tensors, at most {max_tensors:,} are read", path=shown)
 
 
 def _require_kind(name: str, folder: int, is_kind: Any, wanted: str, shown: Path) -> None:

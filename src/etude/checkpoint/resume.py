@@ -10,19 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from etude.checkpoint import Checkpoint, CheckpointStore
-from etude.checkpoint.codec import MAX_JSON_BYTES, load_tree, malformed_means_checkpoint_error
-from etude.checkpoint.reading import (
-    MAX_HEADER_BYTES,
-    MAX_TENSORS,
-    _check_safetensors_header,
-    opened_file,
-    opened_folder,
-    read_bounded,
-)
+from etude.checkpoint.codec import load_tree, malformed_means_checkpoint_error
+from etude.checkpoint.reading import LOG, opened_file, opened_folder, read_bounded
 from etude.errors import CheckpointError
 
 PROGRESS = "etude"
 """Name of the tree (`etude.json`) with everything of ours that `trainer_state.json` has no field for."""
+
+TRAINER_STATE = "trainer_state.json"
 
 IGNORED_ADAPTER_KEYS = frozenset(
     {"inference_mode", "base_model_name_or_path", "revision", "task_type", "runtime_config", "auto_mapping"}
@@ -79,7 +74,7 @@ def _named(store: CheckpointStore, path: Path) -> Checkpoint:
         inside = CheckpointStore(path).committed()
         if inside:
             raise CheckpointError(f"is not a checkpoint but holds some; did you mean {inside[-1].path}?", path=path)
-        if (path / "trainer_state.json").exists():
+        if (path / TRAINER_STATE).exists():
             raise CheckpointError(
                 "was not written by etude, or not completely: it has no MANIFEST.json. Where transformers.Trainer wrote it, "
                 f"take it over first: etude import-checkpoint {path}",
@@ -155,7 +150,11 @@ def _adapter_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
             if key in IGNORED_ADAPTER_KEYS:
                 continue
             was, is_now = before[adapter].get(key), settings.get(key)
-            if _normalised(was) != _normalised(is_now):
+            if key not in settings or key not in before[adapter]:
+                if was or is_now:  # otherwise it is switched off for the version of peft that knows it
+                    way_out = "only one of the two versions of peft knows it"
+                    changes.append(Change(f"adapter '{adapter}' {key}", was, is_now, False, way_out))
+            elif _normalised(was) != _normalised(is_now):
                 way_out = "use the value of the checkpoint, or another output_dir for a new run"
                 changes.append(Change(f"adapter '{adapter}' {key}", was, is_now, True, way_out))
     return changes
@@ -223,18 +222,15 @@ STATE_FIELDS: Mapping[str, Callable[[Any], bool]] = {
 
 
 def read_progress(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `etude.json` holds, after a look at everything that will be read of the checkpoint: whoever wrote the manifest
-    may have written anything else as well.
+    """What `etude.json` holds, after a look at the trainer's state: whoever wrote the manifest may have written anything
+    else as well.
 
     Raises:
         CheckpointError: naming file and field of what is missing, of another type, or too large to be read.
     """
     folder = checkpoint.path
-    for file in sorted(folder.rglob("*.safetensors")):
-        if not file.is_symlink():  # one of the user's, since a listed file is none
-            _check_header(file)
-    path = folder / "trainer_state.json"
-    state = _read_state(path)
+    path = folder / TRAINER_STATE
+    state = read_trainer_state(path)
     _require(STATE_FIELDS, state, path)
     if state["global_step"] != checkpoint.step:
         raise CheckpointError(
@@ -245,17 +241,20 @@ def read_progress(checkpoint: Checkpoint) -> dict[str, Any]:
     return progress
 
 
-def _check_header(file: Path) -> None:
-    with opened_folder(file.parent) as folder, opened_file(file.name, folder=folder, shown=file) as descriptor:
-        _check_safetensors_header(descriptor, MAX_HEADER_BYTES, MAX_TENSORS, shown=file)
+def read_trainer_state(path: Path) -> Any:
+    """What `trainer_state.json` holds; transformers, whose checkpoints can be imported, writes NaN into it.
 
-
-def _read_state(path: Path) -> Any:
-    """`trainer_state.json`; transformers, whose checkpoints can be imported, writes NaN into it."""
+    Raises:
+        CheckpointError: it is missing, is no JSON, or holds more than is read.
+    """
     with opened_folder(path.parent) as folder, opened_file(path.name, folder=folder, shown=path) as descriptor:
-        raw = read_bounded(descriptor, MAX_JSON_BYTES, shown=path)
+        raw = read_bounded(descriptor, LOG.num_bytes, shown=path)
+    if problem := LOG.problem_of(raw):
+        raise CheckpointError(problem, path=path)
     with malformed_means_checkpoint_error(path):  # also a nesting that is too deep
-        return json.loads(raw)
+        text = raw.decode()
+        del raw
+        return json.loads(text)
 
 
 def _require(fields: Mapping[str, Callable[[Any], bool]], content: Any, path: Path) -> None:

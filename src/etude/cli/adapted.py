@@ -26,11 +26,15 @@ class Adapted(NamedTuple):
 
     @property
     def format(self) -> str:
-        """The format of the rows that were learned; `messages` where the data is not there any more."""
+        """The format of the rows that were learned; `messages` where nothing says, and the data is gone."""
         from etude.cli.sources import sources_of
+        from etude.data.hub import is_hub_name
         from etude.data.rows import format_of
 
+        if self.settings.get("format"):
+            return str(self.settings["format"])
         paths = [source.path for source in sources_of("data", self.settings.get("data"))]
+        paths = [path for path in paths if not is_hub_name(path)]  # nobody asked to contact the Hub
         try:
             return (format_of(paths) if paths else None) or "messages"
         except DataError:
@@ -57,8 +61,11 @@ def load_adapted(
         ModelError: no adapter, or no base model.
         CheckpointError: the adapter does not fit the base, or was trained on another one.
     """
+    from etude.cli.display import bars_for_people_only
     from etude.model.adapter import load_weights
     from etude.model.load import load_base_model
+
+    bars_for_people_only()
 
     folder = adapter_folder(path)
     settings = run_settings(folder)
@@ -146,30 +153,32 @@ def run_settings(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def recorded_base(folder: Path) -> str | None:
-    """The fingerprint of the base model that an adapter was trained on, where its run recorded one."""
-    from etude.checkpoint.codec import MAX_JSON_BYTES
+def recorded_base(folder: Path, kind: str = "base") -> str | None:
+    """The fingerprint of the base model that an adapter was trained on, where its run recorded one.
+
+    `kind` is "base", or "base_unquantised" for that of the weights which quantisation leaves as they are.
+    """
     from etude.checkpoint.reading import read_json_strict
     from etude.checkpoint.resume import PROGRESS
 
     for place in (folder, *sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True)):
         file = place / f"{PROGRESS}.json"
         if file.is_file():
-            record = read_json_strict(file, MAX_JSON_BYTES)
+            record = read_json_strict(file)
             run = record.get("run") if isinstance(record, dict) else None
-            return str(run["base"]) if isinstance(run, dict) and run.get("base") else None
+            return str(run[kind]) if isinstance(run, dict) and run.get(kind) else None
     return None
 
 
 def require_recorded_base(model: Any, folder: Path, name: str, quantization: str | None) -> None:
     """Raise CheckpointError where the base under the adapter is not the one that it was trained on."""
-    from etude.model.adapter import base_fingerprint
+    from etude.model.adapter import base_fingerprint, unquantised_fingerprint
 
-    recorded = recorded_base(folder)
-    trained_quantization = run_settings(folder).get("quantization")
-    if recorded is None or trained_quantization != quantization:
-        return  # quantised weights have a fingerprint of their own, which those before quantisation do not have
-    if base_fingerprint(model) != recorded:
+    if run_settings(folder).get("quantization") == quantization:
+        recorded, found = recorded_base(folder), base_fingerprint(model)
+    else:  # quantised weights are other numbers; what is not quantised must still be the same
+        recorded, found = recorded_base(folder, "base_unquantised"), unquantised_fingerprint(model)
+    if recorded is not None and found != recorded:
         raise CheckpointError(
             f"was trained on another base model than {name}: the weights differ; give the right one with --model",
             path=folder,
@@ -184,6 +193,8 @@ def _with_adapter(model: Any, folder: Path) -> Any:
         config = PeftConfig.from_pretrained(str(folder))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".is_gradient_checkpointing.", category=FutureWarning)
+            # Where the base model has moved is known, and `require_recorded_base` says whether it is the same.
+            warnings.filterwarnings("ignore", message="The PEFT config's .base_model_name", category=UserWarning)
             config.inference_mode = False
             return get_peft_model(model, config)
     except (ValueError, TypeError, KeyError) as error:

@@ -5,6 +5,7 @@ The drop-in `TrainingArguments` keeps the defaults of transformers; these belong
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,10 @@ _LARGEST_LEARNING_RATE = 1e-3
 
 # A tenth of the run between two evaluations, each with its checkpoint, so that the best one can be kept.
 _EVALUATION_INTERVAL = 0.1
+# A run of a few updates would spend its time on evaluations and checkpoints: a quarter there.
+_SHORT_STEPS, _SHORT_INTERVAL = 30, 0.25
+
+_POINTS_OF_A_CURVE = 30
 
 
 class Facts(NamedTuple):
@@ -33,6 +38,8 @@ class Facts(NamedTuple):
     num_eval_rows: int
     model_type: str
     hidden_size: int | None
+    num_train_rows: int | None = None
+    """None for a stream."""
 
 
 def learning_rate(model_type: str, hidden_size: int | None) -> float:
@@ -78,13 +85,14 @@ def training_settings(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         said.get("gradient_accumulation_steps"),
         facts.num_processes,
     )
+    steps = _steps(said, facts, per_device * accumulation * facts.num_processes)
     settings: dict[str, Any] = {
         "per_device_train_batch_size": per_device,
         "gradient_accumulation_steps": accumulation,
         "lr_scheduler_type": "linear",
         "max_grad_norm": 1.0,
         "weight_decay": 0.0,
-        "logging_steps": 10,
+        "logging_steps": _logging_steps(steps),
         "logging_first_step": True,
         "save_total_limit": 2,
     }
@@ -94,19 +102,34 @@ def training_settings(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         settings["warmup_ratio"] = 0.03
     if facts.has_bfloat16_gpu and not said.get("use_cpu") and not said.get("fp16"):
         settings["bf16"] = True
-    return settings | _evaluation(said, facts.num_eval_rows) | said
+    return settings | _evaluation(said, facts.num_eval_rows, steps) | said
 
 
-def _evaluation(said: Mapping[str, Any], num_eval_rows: int) -> dict[str, Any]:
+def _steps(said: Mapping[str, Any], facts: Facts, global_batch: int) -> float | None:
+    """Updates of the run, or about so many; None where it is not known."""
+    if said.get("max_steps", -1) > 0:
+        return float(said["max_steps"])
+    if facts.num_train_rows is None:
+        return None
+    return math.ceil(facts.num_train_rows / global_batch) * float(said.get("num_train_epochs", 3))
+
+
+def _logging_steps(steps: float | None) -> int:
+    """Updates between two logs: few enough for a curve of about `_POINTS_OF_A_CURVE` points, and at most ten."""
+    return 10 if steps is None else int(min(10, max(1, steps // _POINTS_OF_A_CURVE)))
+
+
+def _evaluation(said: Mapping[str, Any], num_eval_rows: int, steps: float | None) -> dict[str, Any]:
     """Evaluate and save together and keep the best, unless there is nothing to evaluate or the recipe says `no`."""
+    share = _SHORT_INTERVAL if steps is not None and steps < _SHORT_STEPS else _EVALUATION_INTERVAL
     saving = said.get("save_strategy", "steps")
     chosen = said.get("eval_strategy", said.get("evaluation_strategy"))
     evaluating = chosen or ("steps" if saving in ("no", "best") else saving)
     if not num_eval_rows or evaluating == "no":
-        return {} if "save_steps" in said else {"save_steps": _EVALUATION_INTERVAL}
+        return {} if "save_steps" in said else {"save_steps": share}
     settings: dict[str, Any] = {"eval_strategy": evaluating}
     if evaluating == "steps":
-        interval = said.get("eval_steps", said.get("save_steps", _EVALUATION_INTERVAL))
+        interval = said.get("eval_steps", said.get("save_steps", share))
         settings |= {"eval_steps": interval, "save_steps": interval}
     if "save_strategy" not in said:
         saving = settings["save_strategy"] = evaluating

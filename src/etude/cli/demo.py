@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,6 +139,7 @@ def summary(result: DemoResult) -> str:
 
     timing = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in result.seconds.items())
     adapter, prompt = str(result.adapter.resolve()), prompt_for(result.samples[0].request)
+    etude = command_here()
     return f"""
 exact match on {result.num_heldout} held-out requests: {result.exact_match_before:.1%} before, {result.exact_match_after:.1%} after
 {sum(result.seconds.values()):.0f} seconds ({timing})
@@ -154,7 +156,17 @@ Use it in Python:
     tokens = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens={MAX_NEW_TOKENS})
     print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
-Train on rows of your own ({{"prompt": ..., "completion": ...}} per line):
+Train on rows of your own ({{"prompt": ..., "completion": ...}} per line), and talk to what comes out:
 
-    etude train --model {result.base_model} --data rows.jsonl --output ./my-adapter
+    {etude} train --model {result.base_model} --data rows.jsonl --output ./my-adapter
+    {etude} chat ./my-adapter
 """
+
+
+def command_here() -> str:
+    """How this command is called from here: by its path where it is not on the search path."""
+    import shutil
+
+    called = Path(sys.argv[0])
+    is_found = called.name != "etude" or shutil.which("etude") is not None
+    return "etude" if is_found else str(called)

@@ -1,6 +1,8 @@
-"""Text from outside (rows, templates, what a model wrote) on the terminal: shown as it is, never obeyed."""
+"""What is shown on the terminal: text from outside as it is, never obeyed, and bars only where somebody is watching."""
 
 from __future__ import annotations
+
+import sys
 
 
 def visible(text: str) -> str:
@@ -19,3 +21,11 @@ def one_line(text: str, max_length: int = 60) -> str:
         return shown
     half = (max_length - 3) // 2
     return f"{shown[:half]}...{shown[-half:]}"
+
+
+def bars_for_people_only() -> None:
+    """No progress bars of transformers (loading weights) in the log file of a job."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

@@ -8,7 +8,6 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +90,8 @@ def installation() -> Iterator[Finding]:
 
 def supported_versions() -> dict[str, str]:
     """Package -> the range of versions that etude declares, from its own metadata."""
+    from importlib import metadata  # slow to import, and only this verb needs it
+
     try:
         lines = metadata.requires("etude") or []
     except metadata.PackageNotFoundError:  # run from a source tree

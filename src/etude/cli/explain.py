@@ -76,6 +76,21 @@ REASONS: dict[str, Reason] = {
         "judgement",
         unit="share of the rows",
     ),
+    "samples": Reason(
+        "One look at an answer shows a wrong template or an answer that never ends; a loss does not. Answers are the "
+        "likeliest tokens and draw no random numbers, so they change nothing in training.",
+        "judgement",
+        unit="prompts",
+    ),
+    "sample_prompts": Reason("Rows that were not trained on show what was learned.", default="those of held-out rows"),
+    "sample_tokens": Reason(
+        "Enough to see whether an answer ends.", "judgement", "twice the longest expected answer, 24 to 128", "tokens"
+    ),
+    "streaming": Reason(
+        "Reading everything first finds a bad row now and not in three hours. It is for data that does not fit the memory.",
+        "judgement",
+    ),
+    "format": Reason("Files say what they are by their fields.", default="that of the first good row"),
     "early_stopping_patience": Reason(
         "One bad evaluation is noise, two are a trend. The best adapter is kept either way.", "judgement", unit="evaluations"
     ),
@@ -107,10 +122,10 @@ REASONS: dict[str, Reason] = {
         "common practice",
         default="true on a GPU that has it",
     ),
-    "eval_steps": Reason("Ten looks at a run, and ten points to go back to.", "judgement", "a tenth of the run", "steps, or a share below 1"),
-    "save_steps": Reason("Ten looks at a run, and ten points to go back to.", "judgement", "a tenth of the run", "steps, or a share below 1"),
+    "eval_steps": Reason("Ten looks at a run, and ten points to go back to; four where it has under 30 updates.", "judgement", "a tenth of the run", "steps, or a share below 1"),
+    "save_steps": Reason("Ten looks at a run, and ten points to go back to; four where it has under 30 updates.", "judgement", "a tenth of the run", "steps, or a share below 1"),
     "save_total_limit": Reason("The newest is for resuming; the best is kept apart.", "judgement", "2", "checkpoints"),
-    "logging_steps": Reason("Often enough to see a curve.", "judgement", "10", "steps"),
+    "logging_steps": Reason("Often enough to see a curve: oftener where a run has less than 300 steps.", "judgement", "10", "steps"),
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from etude.cli.recipe import Settings
 from etude.errors import ConfigError, UnknownArgumentError
 
 # Flags of `etude train` that say how to run, not what.
-SWITCHES = ("set", "dry_run", "resume", "trust_remote_code", "help_arguments", "help", "debug")
+SWITCHES = ("set", "dry_run", "check", "resume", "trust_remote_code", "help_arguments", "help", "debug")
 
 
 class Words(NamedTuple):
@@ -72,6 +72,19 @@ def read_words(words: Sequence[str]) -> Words:
             text = _next_value(rest, f"--{name}", hint)
         settings[key] = recipe.typed(text, f"--{name}")
     return Words(recipe_file, settings)
+
+
+def require_known(words: Sequence[str]) -> None:
+    """Answer a wrong flag before anything is parsed; the parser alone takes longer than that.
+
+    Raises:
+        UnknownArgumentError: a flag that does not exist, with the nearest one.
+    """
+    known = {*flag_types(), *(spelled(name)[2:] for name in (*SWITCHES, "resume_from_checkpoint"))}
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name and name not in known and name.removeprefix("no-") not in known:
+            raise _unknown(word.partition("=")[0])
 
 
 def _next_value(rest: list[str], flag: str, hint: Any) -> str:

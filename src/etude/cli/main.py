@@ -65,6 +65,10 @@ def main(words: Sequence[str] | None = None) -> int:
         typer.echo(f"etude {__version__}")
         return 0
     try:
+        if given[:1] == ["train"] and "--help" not in given:
+            from etude.cli.flags import require_known
+
+            require_known(given[1:])
         return int(app(given or ["--help"], prog_name="etude", standalone_mode=False) or 0)
     except (EtudeError, Interrupted, USAGE_ERROR, typer.Abort, KeyboardInterrupt) as error:
         if debug:

@@ -26,6 +26,7 @@ from etude.cli.strict_yaml import Value
 from etude.errors import ConfigError, UnknownArgumentError
 
 RECIPE_NAME = "recipe.yaml"
+FORMAT_NAMES = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,13 @@ class Recipe:
     model: str
     data: str | list[str | dict[str, Any]]
     output: str = "lora-output"
+    format: str | None = None
     eval_data: str | list[str] | None = None
     eval_fraction: float = 0.05
+    streaming: bool = False
+    samples: int = 3
+    sample_prompts: str | list[str] | None = None
+    sample_tokens: int | None = None
     template: str | None = None
     train_on: Literal["completion", "last", "all"] = "completion"
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -72,10 +78,15 @@ Settings = dict[str, Setting]
 
 MEANING = {
     "model": "folder or Hub name of the base model",
-    "data": "file or folder of training rows, or a list of them: path, or {path: P, weight: W}",
+    "data": "file or folder of training rows, hub:OWNER/NAME, or a list of them: path, or {path: P, weight: W}",
     "output": "folder of the run: checkpoints, report, the finished adapter",
+    "format": "format of the training rows; by default found by their fields",
     "eval_data": "file of held-out rows; instead of eval_fraction",
     "eval_fraction": "share of the rows held out, chosen by a hash of the row",
+    "streaming": "read rows while training instead of all of them before; needs max_steps",
+    "samples": "prompts that are answered before training and at each evaluation; 0: none",
+    "sample_prompts": "file of prompts to answer, or a list of them; by default those of held-out rows",
+    "sample_tokens": "longest answer to a sample prompt, in tokens",
     "template": "chat template: a Jinja file, one of the tokenizer's by name, or plain",
     "train_on": "what is learned of a row: completion, last (its last turn) or all",
     "on_bad_row": "stop at a bad row, or skip and count it",
@@ -95,7 +106,10 @@ _POSITIVE = (lambda value: value > 0, "must be positive")
 _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval_fraction": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
     "max_length": (lambda value: value >= 2, "must be at least 2 tokens: one to read and one to predict"),
+    "format": (lambda value: value in FORMAT_NAMES, f"must be one of {', '.join(FORMAT_NAMES)}"),
     "global_batch_size": _POSITIVE,
+    "samples": (lambda value: value >= 0, "must not be negative; 0 turns samples off"),
+    "sample_tokens": _POSITIVE,
     "early_stopping_patience": (lambda value: value >= 0, "must not be negative; 0 turns early stopping off"),
     "lora.r": _POSITIVE,
     "lora.alpha": _POSITIVE,

@@ -139,3 +139,19 @@ def finish(trainer: Trainer, samples: Any = (), settings: Any = None) -> Path:
 
     write_model_card(trainer, settings)
     return write_report(trainer, samples, settings)
+
+
+def finish_early(trainer: Trainer, samples: Any, settings: Any, error: BaseException, command: str) -> Path | None:
+    """Write the report of a run that `error` ended; None where there is nothing to tell, or no way to.
+
+    `command` goes on with the run.
+    """
+    from etude.reporting import write_report
+
+    if trainer._run is None:
+        return None
+    try:
+        return write_report(trainer, samples, settings, error, command)
+    except Exception as failure:  # whatever it is, it must not hide what ended the run
+        trainer.notices.say(f"the report could not be written: {failure}")
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from etude.errors import ConfigError
 if TYPE_CHECKING:
     from etude.arguments import TrainingArguments
     from etude.cli.recipe import Recipe, Settings
+    from etude.cli.rows import Rows
+    from etude.cli.samples import Samples
     from etude.cli.screen import ScreenTrainer
-    from etude.cli.sources import Sources
-    from etude.data import RowSet, TokenizedRows
 
 
 def train(
@@ -28,7 +29,7 @@ def train(
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="M", help="Folder or Hub name of the base model.")] = None,
-    data: Annotated[str | None, typer.Option(metavar="D", help="File or folder of training rows.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="D", help="File or folder of rows, or hub:OWNER/NAME.")] = None,
     output: Annotated[str | None, typer.Option(metavar="O", help="Folder of the run. [lora-output]")] = None,
     lora_r: Annotated[str | None, typer.Option(metavar="N", help="Rank of the adapter. [32]")] = None,
     lora_alpha: Annotated[str | None, typer.Option(metavar="X", help="Its scale is alpha / r. [32]")] = None,
@@ -36,6 +37,8 @@ def train(
     lora_targets: Annotated[str | None, typer.Option(metavar="T", help="all-linear, or q_proj,v_proj.")] = None,
     eval_data: Annotated[str | None, typer.Option(metavar="D", help="File of held-out rows.")] = None,
     eval_fraction: Annotated[str | None, typer.Option(metavar="P", help="Share held out by hash. [0.05]")] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read rows while training.")] = False,
+    samples: Annotated[str | None, typer.Option(metavar="N", help="Prompts answered on the way. [3]")] = None,
     max_length: Annotated[str | None, typer.Option(metavar="N", help="Longest sample in tokens.")] = None,
     global_batch_size: Annotated[str | None, typer.Option(metavar="N", help="Rows per update. [16]")] = None,
     assignments: Annotated[
@@ -52,6 +55,7 @@ def train(
         ),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Compare one step's gradient with stock peft.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Execute code that comes with the model.")
     ] = False,
@@ -83,11 +87,13 @@ def train(
         "lora.targets": lora_targets,
         "eval_data": eval_data,
         "eval_fraction": eval_fraction,
+        "streaming": "true" if streaming else None,
+        "samples": samples,
         "max_length": max_length,
         "global_batch_size": global_batch_size,
     }
     settings = gather(words or [], {key: text for key, text in own.items() if text is not None}, assignments or [])
-    run(settings, resume=resume, dry_run=dry_run, trust_remote_code=trust_remote_code)
+    run(settings, resume=resume, dry_run=dry_run, check=check, trust_remote_code=trust_remote_code)
 
 
 def gather(words: list[str], own: Mapping[str, str], assignments: list[str]) -> Settings:
@@ -118,17 +124,18 @@ class Prepared(NamedTuple):
     args: TrainingArguments
     model: Any
     tokenizer: Any
-    train_rows: TokenizedRows
-    eval_rows: TokenizedRows | None
+    rows: Rows
+    samples: Samples
 
 
-def run(settings: Settings, *, resume: str, dry_run: bool, trust_remote_code: bool) -> None:
+def run(settings: Settings, *, resume: str, dry_run: bool, check: bool = False, trust_remote_code: bool) -> None:
     """Check the settings, show what they resolve to, and train.
 
     Raises:
         EtudeError: naming the setting, file, row or step that is wrong.
     """
     from etude.cli import recipe
+    from etude.cli.rows import require_sources, require_streamable
 
     chosen = recipe.build(settings)
     # Wrong values are answered now, before seconds go into imports and minutes into loading.
@@ -136,9 +143,19 @@ def run(settings: Settings, *, resume: str, dry_run: bool, trust_remote_code: bo
     start = starting_point(resume, Path(chosen.output))
     for key in ("data", "eval_data"):
         require_sources(key, getattr(chosen, key))
+    require_streamable(chosen, settings)
+    if chosen.sample_prompts is not None:
+        from etude.cli.samples import read_given
+
+        read_given(chosen.sample_prompts)
 
     prepared = prepare(chosen, settings, trust_remote_code=trust_remote_code)
     is_first_process = int(os.environ.get("RANK", "0")) == 0
+    if check:
+        is_rounded = prepared.args.bf16 or prepared.args.fp16
+        found = build_trainer(prepared).check(reference_dtype="float32" if is_rounded else None)
+        typer.echo(found.describe())
+        raise typer.Exit(0 if found.is_fine else 1)
     if not dry_run:
         execute(prepared, start, is_first_process=is_first_process)
     elif is_first_process:
@@ -185,33 +202,26 @@ def starting_point(resume: str, output: Path) -> str | bool:
     return False
 
 
-def require_sources(key: str, sources: Sources | None) -> None:
-    """Raise ConfigError for data that is not there, before anything slow begins."""
-    from etude.cli.sources import sources_of
-
-    for source in sources_of(key, sources):
-        if not Path(source.path).expanduser().exists():
-            raise ConfigError(f"'{source.path}': no such file or folder", field=key)
-
-
 def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> Prepared:
     """Load the rows and the model, fill in the defaults, and attach the adapter."""
     import torch
     from transformers import set_seed
 
     from etude.cli.defaults import Facts, training_settings
+    from etude.cli.display import bars_for_people_only
+    from etude.cli.rows import build_samples, encode_sets, read_sets
     from etude.cli.voice import use_template
-    from etude.data import encode_rows
     from etude.model.load import attach_lora, load_base_model
 
-    train_set, eval_set = read_data(chosen)
+    bars_for_people_only()
+    train_set, eval_set = read_sets(chosen)
     said = training_arguments(chosen.training, chosen.output, settings)
     has_gpu = torch.cuda.is_available() and not said.use_cpu
     has_bfloat16_gpu = has_gpu and torch.cuda.is_bf16_supported()
     computes_in_bfloat16 = said.bf16 or (has_bfloat16_gpu and not said.fp16 and "bf16" not in chosen.training)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
     model, tokenizer = load_base_model(
-        chosen.model,
+        absolute(chosen.model),  # the adapter records it, and is to find it from every folder
         dtype="bfloat16" if computes_in_bfloat16 else "float16" if said.fp16 and has_gpu else "float32",
         device=device,
         trust_remote_code=trust_remote_code,
@@ -222,15 +232,16 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
     limit = chosen.max_length or getattr(text_config, "max_position_embeddings", None)
     options: dict[str, Any] = {"max_length": limit, "train_on": chosen.train_on, "on_bad_row": chosen.on_bad_row}
     options["template"] = use_template(tokenizer, chosen.template)
-    train_rows = encode_rows(train_set, tokenizer, **options)
-    eval_rows = encode_rows(eval_set, tokenizer, **options) if eval_set is not None and len(eval_set) else None
+    rows = encode_sets(chosen, train_set, eval_set, tokenizer, **options)
+    samples = build_samples(chosen, tokenizer, rows)
 
     facts = Facts(
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
         has_bfloat16_gpu=has_bfloat16_gpu,
-        num_eval_rows=len(eval_rows) if eval_rows is not None else 0,
+        num_eval_rows=len(rows.evaluation) if rows.evaluation is not None else 0,
         model_type=str(model.config.model_type),
         hidden_size=getattr(text_config, "hidden_size", None),
+        num_train_rows=len(train_set) if train_set is not None else None,
     )
     training = training_settings(chosen, facts)
     args = training_arguments(training, chosen.output, settings)
@@ -243,44 +254,31 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
     resolved = replace(
         chosen,
         max_length=limit,
+        format=rows.format,
+        eval_fraction=0.0 if chosen.streaming else chosen.eval_fraction,
         global_batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * facts.num_processes,
         training={key: value for key, value in training.items() if key not in dealt},
         **absolute_paths(chosen),
     )
-    return Prepared(resolved, args, adapted, tokenizer, train_rows, eval_rows)
+    return Prepared(resolved, args, adapted, tokenizer, rows, samples)
 
 
-def read_data(chosen: Recipe) -> tuple[RowSet, RowSet | None]:
-    """Training and evaluation rows: two files, or one that is split by a hash of each row.
-
-    Weights of sources count in training alone: every held-out row is there once.
-    """
-    from etude.cli.sources import sources_of
-    from etude.data import read_rows, repeat_by_weight, split_by_hash
-
-    sources = sources_of("data", chosen.data)
-    rows = read_rows([source.path for source in sources], on_bad_row=chosen.on_bad_row)
-    eval_set: RowSet | None = None
-    if chosen.eval_data is not None:
-        eval_set = read_rows(chosen.eval_data, on_bad_row=chosen.on_bad_row)
-    elif chosen.eval_fraction > 0:
-        train_set, held_out = split_by_hash(rows, chosen.eval_fraction)
-        rows, eval_set = (train_set, held_out) if len(train_set) else (rows, None)
-    return repeat_by_weight(rows, sources), eval_set
+def absolute(path: str) -> str:
+    """A path as it is found from every folder; what is no path, such as a Hub name, stays as it is."""
+    found = Path(path).expanduser()
+    return str(found.resolve()) if found.exists() else path
 
 
 def absolute_paths(chosen: Recipe) -> dict[str, Any]:
     """The paths of a recipe as they are found from every folder; Hub names stay names."""
     from etude.cli.sources import with_paths
 
-    def absolute(path: str) -> str:
-        found = Path(path).expanduser()
-        return str(found.resolve()) if found.exists() else path
-
     paths: dict[str, Any] = {"output": str(Path(chosen.output).resolve()), "model": absolute(chosen.model)}
     for key in ("data", "eval_data"):
         sources = getattr(chosen, key)
         paths[key] = with_paths(sources, absolute)
+    if isinstance(chosen.sample_prompts, str):
+        paths["sample_prompts"] = absolute(chosen.sample_prompts)
     return paths | ({"template": absolute(chosen.template)} if chosen.template else {})
 
 
@@ -294,12 +292,12 @@ def all_settings(recipe: Recipe) -> dict[str, Any]:
 
 def resolution(prepared: Prepared, settings: Settings) -> str:
     """What the run was resolved to: every setting with who chose it."""
+    from etude.cli.recipe import as_yaml
+
     shown = all_settings(prepared.recipe)
     width = max(map(len, shown))
-    lines = [
-        f"{key:<{width}}  {value}  ({settings[key].origin if key in settings else 'default'})"
-        for key, value in shown.items()
-    ]
+    origins = {"format": "found in the data"} | {key: setting.origin for key, setting in settings.items()}
+    lines = [f"{key:<{width}}  {as_yaml(value)}  ({origins.get(key, 'default')})" for key, value in shown.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -310,36 +308,48 @@ def build_trainer(prepared: Prepared) -> ScreenTrainer:
     from etude.data import CausalLMCollator
 
     recipe, args = prepared.recipe, prepared.args
-    callbacks = []
+    callbacks: list[Any] = [prepared.samples]
     if recipe.early_stopping_patience and args.load_best_model_at_end:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping_patience))
     trainer = ScreenTrainer(
         model=prepared.model,
         args=args,
         data_collator=CausalLMCollator(prepared.tokenizer),
-        train_dataset=prepared.train_rows,
-        eval_dataset=prepared.eval_rows,
+        train_dataset=prepared.rows.train,
+        eval_dataset=prepared.rows.evaluation,
         processing_class=prepared.tokenizer,
         callbacks=callbacks,
     )
     trainer.max_length = recipe.max_length
+    prepared.samples.trainer = trainer
     return trainer
 
 
 def execute(prepared: Prepared, start: str | bool, *, is_first_process: bool) -> None:
-    """Train, keep the best adapter in the output folder with its report, and say how it went."""
-    from etude.cli.recipe import save
-    from etude.cli.screen import finish
+    """Train, keep the best adapter in the output folder with its report, and say how it went.
 
-    recipe = prepared.recipe
+    A run that is stopped or fails leaves a report as well.
+    """
+    from etude.cli.recipe import RECIPE_NAME, save
+    from etude.cli.screen import finish, finish_early
+
+    recipe, samples = prepared.recipe, prepared.samples
     trainer = build_trainer(prepared)
     if is_first_process:
         Path(recipe.output).mkdir(parents=True, exist_ok=True)
         save(recipe, Path(recipe.output))
-    result = trainer.train(resume_from_checkpoint=start)
+    try:
+        result = trainer.train(resume_from_checkpoint=start)
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        if is_first_process:
+            command = f"etude train {shlex.quote(str(Path(recipe.output) / RECIPE_NAME))}"
+            report = finish_early(trainer, samples.finish(is_final=False), all_settings(recipe), error, command)
+            if report is not None:
+                typer.echo(f"report:  {report}", err=True)
+        raise
     trainer.save_model()
     if is_first_process:
-        report = finish(trainer, settings=all_settings(recipe))
+        report = finish(trainer, samples.finish(is_final=True), all_settings(recipe))
         typer.echo(
             f"trained {result.global_step} steps, mean training loss {result.training_loss:.4f}\n"
             f"adapter: {recipe.output}\n"

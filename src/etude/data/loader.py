@@ -17,6 +17,9 @@ from etude.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+GENERATORS, GENERATORS_NOW = "generators", "generators_now"
+"""Keys of the state of a loader that the user built: its generators at the start of the epoch, and where it is."""
+
 MAX_RESTARTS = 3
 """How often in a row dead workers are started again for the same micro-batch."""
 
@@ -154,6 +157,11 @@ def has_shuffle_buffer(dataset: Any) -> bool:
     return False
 
 
+def state_at_next_epoch(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What is left at the beginning of an epoch of the state at the end of the one before."""
+    return {GENERATORS: state[GENERATORS_NOW]} if state is not None and GENERATORS_NOW in state else None
+
+
 class TrainingStream:
     """Micro-batches of the training loader, epoch by epoch, with a position that can be saved and returned to.
 
@@ -161,6 +169,8 @@ class TrainingStream:
     (`state_dict`/`load_state_dict`, as `datasets.IterableDataset` without a shuffle buffer can) is put back to it; any
     other is read forward.
     What a dataset or collator draws is a function of the micro-batch's place. Workers that die are started again there.
+    Persistent workers stay from epoch to epoch only where the place alone decides what they draw: over map-style data in
+    our order.
     """
 
     def __init__(self, loader: Any, seed: int) -> None:
@@ -170,12 +180,17 @@ class TrainingStream:
         )
         self._iterator: Iterator[Any] | None = None
         self._epoch, self._number = 0, 0  # of the next micro-batch
+        self._drawn_from: dict[str, torch.Tensor] = {}  # the generators of a user's loader, as the epoch found them
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def open(self, epoch: int, first_batch: int = 0, state: dict[str, Any] | None = None) -> None:
-        """Go to micro-batch `first_batch` of `epoch`; `state` is what `state()` returned there."""
+        """Go to micro-batch `first_batch` of `epoch`; `state` is what `state()` returned there.
+
+        Raises:
+            DataError: the data ends before `first_batch`, or `state` is not one of this loader.
+        """
         self._set_epoch(epoch)
         dataset = self._stateful_dataset()
         is_entered_at_once = self.batches is not None or (state is not None and dataset is not None)
@@ -187,7 +202,8 @@ class TrainingStream:
                 self.batches.start_at(epoch, first_batch)
             elif state is not None and dataset is not None:
                 dataset.load_state_dict(state)
-            self.close()
+            self._set_generators((state or {}).get(GENERATORS) if dataset is None else None)
+            self.close(also_persistent=self.batches is None)
             self._iterator = iter(self.loader)
         worker_watch.install()
         while self._number < first_batch:
@@ -204,7 +220,7 @@ class TrainingStream:
             try:
                 batch = self._read()
             except RuntimeError as error:
-                if not is_dead_worker(error) or self._has_persistent_workers():
+                if not is_dead_worker(error):
                     raise
                 if restarts == MAX_RESTARTS:
                     error.add_note(
@@ -213,20 +229,23 @@ class TrainingStream:
                     )
                     raise
                 logger.warning("%s; the workers are started again at micro-batch %d", error, self._number)
-                self.open(self._epoch, self._number)
+                self.close(also_persistent=True)
+                self.open(self._epoch, self._number, {GENERATORS: self._drawn_from} if self._drawn_from else None)
             else:
                 self._number += batch is not None
                 return batch
         raise AssertionError("unreachable")
 
-    def close(self) -> None:
-        """End the workers, unless they are to persist.
+    def close(self, *, also_persistent: bool = False) -> None:
+        """End the workers, those that are to persist only on request.
 
         Left to the garbage collector, which may close their queues first, they are waited for in vain for seconds.
         """
         end_workers = getattr(self._iterator, "_shutdown_workers", None)
-        if end_workers is not None and not self._has_persistent_workers():
+        if end_workers is not None and (also_persistent or not self._has_persistent_workers()):
             end_workers()
+            if self._has_persistent_workers():
+                self.loader._iterator = None  # or the loader would go on with those that are gone
         self._iterator = None
 
     def _has_persistent_workers(self) -> bool:
@@ -239,9 +258,14 @@ class TrainingStream:
             return next(self._iterator, None)
 
     def state(self) -> dict[str, Any] | None:
-        """What a streamed dataset needs to go on from here; None where the position alone is enough."""
+        """What a streamed dataset, or a loader with a generator of the user, needs to go on from here; None where the
+        position alone is enough."""
         dataset = self._stateful_dataset()
-        return None if dataset is None else copy.deepcopy(dataset.state_dict())
+        if dataset is not None:
+            state: dict[str, Any] = copy.deepcopy(dataset.state_dict())
+            return state
+        now = {name: generator.get_state() for name, generator in self._generators().items()}
+        return {GENERATORS: dict(self._drawn_from), GENERATORS_NOW: now} if now else None
 
     def _seed_workers(self) -> None:
         """What workers draw is a function of the epoch, not of how many epochs this process has seen."""
@@ -251,6 +275,34 @@ class TrainingStream:
         )
         if generator is not None and is_only_for_workers:
             generator.manual_seed(derive_seed(self.seed, "workers", self._epoch))
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        """Those that a loader of the user draws one order after the other from, by where they were found."""
+        if self.batches is not None or isinstance(getattr(self.loader, "dataset", None), IterableDataset):
+            return {}
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        owners = {
+            "loader": self.loader,
+            "sampler": getattr(self.loader, "sampler", None),
+            "batch_sampler": batch_sampler,
+            "batch_sampler.sampler": getattr(batch_sampler, "sampler", None),
+        }
+        found = {name: getattr(owner, "generator", None) for name, owner in owners.items()}
+        return {name: generator for name, generator in found.items() if isinstance(generator, torch.Generator)}
+
+    def _set_generators(self, states: Any) -> None:
+        """Put the generators of a user's loader to where an epoch began; without `states` it begins where they are."""
+        generators = self._generators()
+        if states is not None:
+            try:
+                for name, generator in generators.items():
+                    generator.set_state(states[name])
+            except (KeyError, TypeError, RuntimeError) as error:
+                raise DataError(
+                    f"the state of the training loader does not fit this loader ({error}): pass ignore_data_skip=True to "
+                    "begin the epoch anew"
+                ) from error
+        self._drawn_from = {name: generator.get_state() for name, generator in generators.items()}
 
     def rows_of(self, epoch: int, number: int) -> list[int]:
         return self.batches.rows_of(epoch, number) if self.batches is not None else []

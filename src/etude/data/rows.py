@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from etude.data.formats import FORMATS, Problem, Row, detect_format, expected_fields, row_problem
+from etude.data.hub import is_hub_name, read_hub_rows
 from etude.data.readers import COMPRESSED_SUFFIXES, READERS, Record, is_saved_dataset, read_records
 from etude.errors import ConfigError, DataError, nearest
 
@@ -96,11 +97,15 @@ class RowSet(Sequence[Row]):
 
     def describe(self) -> str:
         """One line for the start screen: `999 rows from train.jsonl, format 'alpaca' (instruction + output)`."""
+        skipped = f", {len(self.rejected)} bad rows skipped" if self.rejected else ""
+        return f"{len(self)} rows from {self.source}{skipped}"
+
+    @property
+    def source(self) -> str:
+        """Where the rows come from and their format: `train.jsonl, format 'alpaca' (instruction + output)`."""
         names = self.origins.files
         files = names[0] if len(names) == 1 else f"{len(names)} files"
-        skipped = f", {len(self.rejected)} bad rows skipped" if self.rejected else ""
-        fields = " + ".join(FORMATS[self.format].required)
-        return f"{len(self)} rows from {files}, format '{self.format}' ({fields}){skipped}"
+        return f"{files}, format '{self.format}' ({' + '.join(FORMATS[self.format].required)})"
 
 
 def read_rows(source: Source, on_bad_row: OnBadRow = "stop", format: str | None = None) -> RowSet:
@@ -108,7 +113,7 @@ def read_rows(source: Source, on_bad_row: OnBadRow = "stop", format: str | None 
 
     Args:
         source: `.jsonl`, `.ndjson`, `.json` (an array), `.csv` or `.parquet` files, folders that `datasets` saved
-            (`save_to_disk`), or rows already in memory.
+            (`save_to_disk`), names on the Hub (`hub:OWNER/NAME`, see `etude.data.hub`), or rows already in memory.
         on_bad_row: `"stop"` raises at the first bad row, `"skip"` collects bad rows in `rejected`. What makes a whole
             file unreadable always raises.
         format: one of `FORMATS`; without it, the fields of the first good row decide. All rows have the same format.
@@ -128,10 +133,10 @@ def read_rows(source: Source, on_bad_row: OnBadRow = "stop", format: str | None 
     if not isinstance(source, str | Path) and any(isinstance(item, dict) for item in source):
         files = {IN_MEMORY: (Record(number, row) for number, row in enumerate(source, start=1))}
     else:
-        files = {str(file): _records_of(file) for file in _files_of(source)}  # type: ignore[arg-type]
+        files = {str(file): _records_of(file) for file in files_of(source)}  # type: ignore[arg-type]
     rows = RowSet(format or "", [], Origins(list(files)))
     for index, record in ((index, record) for index, records in enumerate(files.values()) for record in records):
-        problem = _problem(record, rows)
+        rows.format, problem = checked(record, rows.format)
         if problem is None:
             rows._rows.append(record.value)
             rows.origins.append(index, record.line)
@@ -145,55 +150,71 @@ def read_rows(source: Source, on_bad_row: OnBadRow = "stop", format: str | None 
     return rows
 
 
-def format_of(source: str | Path | Sequence[str | Path]) -> str | None:
+def format_of(source: str | Path | Sequence[str | Path], *, streaming: bool = False) -> str | None:
     """The format of the first row that has one, without reading further.
+
+    `streaming` fetches no more than that row of a data set on the Hub.
 
     Raises:
         DataError: the data is not there, or cannot be read up to such a row.
     """
-    records = (record for file in _files_of(source) for record in _records_of(file))
+    records = (record for file in files_of(source) for record in _records_of(file, streaming=streaming))
     formats = (detect_format(record.value) for record in records if isinstance(record.value, dict))
     return next((format for format in formats if format is not None), None)
 
 
-def _problem(record: Record, rows: RowSet) -> Problem | None:
-    """What is wrong with a record; the first row with known fields decides the format of a row set without one."""
+def checked(record: Record, format: str) -> tuple[str, Problem | None]:
+    """The format that rows have from here on, and what is wrong with a record, or None.
+
+    The first row with known fields decides the format where there is none yet (`""`).
+    """
     if record.problem is not None:
-        return record.problem
-    if not rows.format:
-        if not isinstance(record.value, dict):
-            return Problem(f"expected object, got {type(record.value).__name__}; rows need {expected_fields()}")
-        found = detect_format(record.value)
-        if found is None:
-            names = ", ".join(map(str, record.value)) or "none"
-            return Problem(f"expected the fields of one format ({expected_fields()}), got {names}")
-        problem = row_problem(record.value, found)
-        if problem is None:
-            rows.format = found
-        return problem
-    return row_problem(record.value, rows.format)
+        return format, record.problem
+    if format:
+        return format, row_problem(record.value, format)
+    if not isinstance(record.value, dict):
+        return "", Problem(f"expected object, got {type(record.value).__name__}; rows need {expected_fields()}")
+    found = detect_format(record.value)
+    if found is None:
+        names = ", ".join(map(str, record.value)) or "none"
+        return "", Problem(f"expected the fields of one format ({expected_fields()}), got {names}")
+    problem = row_problem(record.value, found)
+    return ("" if problem else found), problem
 
 
-def _records_of(file: Path) -> Iterator[Record]:
+def _records_of(file: Path | str, *, streaming: bool = False) -> Iterator[Record]:
     is_empty = True
-    for record in read_records(file):
+    for record in _read(file, streaming):
         is_empty = False
         yield record
     if is_empty:
         raise DataError("expected at least one row, the file has none", file=file)
 
 
-def _files_of(source: str | Path | Sequence[str | Path]) -> list[Path]:
+def _read(file: Path | str, streaming: bool) -> Iterator[Record]:
+    if is_hub_name(file):
+        return (Record(line, row) for line, row in read_hub_rows(str(file), streaming=streaming))
+    return read_records(Path(file))
+
+
+def files_of(source: str | Path | Sequence[str | Path]) -> list[Path | str]:
+    """The files that a source stands for, in the order of reading; names on the Hub as they are.
+
+    Raises:
+        DataError: a folder without data files, or an empty list.
+    """
     if not isinstance(source, str | Path):
         if not source:
             raise DataError("expected at least one file or row, got an empty list")
-        return [file for item in source for file in _files_of(item)]
+        return [file for item in source for file in files_of(item)]
+    if is_hub_name(source):
+        return [str(source)]
     path = Path(source).expanduser()
     if not path.is_dir() or is_saved_dataset(path):
         return [path]
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith(".") and not entry.is_dir())
     # A compressed file in the folder is data that would be left out without a word: its reader refuses it.
-    files = [entry for entry in entries if entry.suffix.lower() in (*READERS, *COMPRESSED_SUFFIXES)]
+    files: list[Path | str] = [e for e in entries if e.suffix.lower() in (*READERS, *COMPRESSED_SUFFIXES)]
     if not files:
         raise DataError(f"expected a folder with {', '.join(READERS)} files, it has none", file=path)
     return files
@@ -222,7 +243,7 @@ def repeat_by_weight(rows: RowSet, weights: Sequence[tuple[str | Path, float]]) 
         weights: (file or folder, weight) pairs. Weight 2 has every row twice, 0.25 a quarter of the rows; rows of
             other files stay as they are.
     """
-    of_file = {str(file): weight for source, weight in weights for file in _files_of(source)}
+    of_file = {str(file): weight for source, weight in weights for file in files_of(source)}
     chosen: list[int] = []
     for index, row in enumerate(rows):
         times, share = divmod(of_file.get(rows.origin(index)[0], 1.0), 1)

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 MAX_CPU_SECONDS = 1.0
 MAX_MEMORY_BYTES = 256 * 2**20
+UNTOUCHED_BYTES = 8 * 2**20  # address space from before that a template may be the first to fill
 MAX_ADDED_BYTES = 2**20
 
 Message = dict[str, Any]
@@ -169,7 +170,7 @@ def _limit_memory(request_bytes: int) -> None:
     if in_use is not None:
         # The row itself may be large; what the template needs on top of a few copies of it counts.
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        soft = in_use + MAX_MEMORY_BYTES + 8 * request_bytes
+        soft = in_use + MAX_MEMORY_BYTES - UNTOUCHED_BYTES + 8 * request_bytes
         resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 

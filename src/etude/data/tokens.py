@@ -66,13 +66,15 @@ class TokenizedRows(Sequence[dict[str, list[int]]]):
     """Tokenized rows as a map-style dataset: `rows[i]` is `{"input_ids": [...], "labels": [...]}`.
 
     Attributes:
-        rejected: one `DataError` for each row that was skipped (`on_bad_row="skip"`).
+        rejected: one `DataError` for each row that was skipped (`on_bad_row="skip"`), here or when it was read.
         lengths: tokens of each row, shape (rows,).
+        source: where the rows come from and their format, in words.
         statistics: see `Statistics`.
     """
 
-    def __init__(self, files: Sequence[str]) -> None:
+    def __init__(self, files: Sequence[str], source: str = "") -> None:
         self.rejected: list[DataError] = []
+        self.source = source
         self._origins = Origins(files)  # and not the rows: their text need not stay in memory
         self._ends = array("Q", [0])
         self._input_ids = array("i")
@@ -138,8 +140,8 @@ def encode_row(
         DataError: the template refuses the row, or no supervised token is left of it.
         ModelError: the template is broken or exceeds its limits.
     """
-    [encoded] = _encoded([row], tokenizer, format, max_length, template, train_on)
-    error = _error_of(encoded, max_length, None)
+    [encoded] = encode_each([row], tokenizer, format, max_length, template, train_on)
+    error = error_of(encoded, max_length, None)
     if error is not None:
         raise error
     return {"input_ids": encoded.input_ids, "labels": encoded.labels}  # type: ignore[union-attr]
@@ -169,10 +171,11 @@ def encode_rows(
     """
     if max_length is not None and max_length < 2:
         raise ConfigError(f"expected at least 2 tokens, got {max_length}", field="max_length")
-    tokenized = TokenizedRows(rows.origins.files)
+    tokenized = TokenizedRows(rows.origins.files, rows.source)
+    tokenized.rejected = list(rows.rejected)
     seen: set[bytes] = set()
-    for index, encoded in enumerate(_encoded(rows, tokenizer, rows.format, max_length, template, train_on)):
-        error = _error_of(encoded, max_length, rows.origin(index))
+    for index, encoded in enumerate(encode_each(rows, tokenizer, rows.format, max_length, template, train_on)):
+        error = error_of(encoded, max_length, rows.origin(index))
         if error is None:
             assert isinstance(encoded, Encoded)
             digest = hashlib.sha256(array("i", encoded.input_ids + encoded.labels).tobytes()).digest()
@@ -187,9 +190,10 @@ def encode_rows(
     return tokenized
 
 
-def _error_of(
+def error_of(
     encoded: Encoded | Refused, max_length: int | None, origin: tuple[str, int] | None
 ) -> DataError | ModelError | None:
+    """Why a row cannot be trained on, or None. `origin` is its file and line."""
     file, line = origin or (None, None)
     if isinstance(encoded, Refused):
         if encoded.by_row:
@@ -202,9 +206,10 @@ def _error_of(
     return None
 
 
-def _encoded(
+def encode_each(
     rows: Sequence[Row], tokenizer: Any, format: str, max_length: int | None, template: str | None, train_on: TrainOn
 ) -> Iterator[Encoded | Refused]:
+    """Every row as tokens, or why its template refused it, in the order of the rows; see `encode_rows`."""
     chunks = (rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS))
     rendered = render_rows(map(list, chunks), tokenizer, format=format, template=template, train_on=train_on)
     encoder = _Encoder(tokenizer, from_template=template_of(tokenizer, template, format) is not None)

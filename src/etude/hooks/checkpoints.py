@@ -47,7 +47,9 @@ class CheckpointHooks(Composition):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder = Path(output_dir)
-        codec.save_tree(folder, "optimizer", codec.optimizer_tree(self.optimizer, adapter.parameter_names(self.model)))
+        names = adapter.parameter_names(self.model)
+        tree = codec.optimizer_tree(self.optimizer, names)
+        codec.save_tree(folder, "optimizer", tree, codec.max_optimizer_tensors(names))
         codec.save_tree(folder, "scheduler", self.lr_scheduler.state_dict())
         if self.args.hf_checkpoint_files:
             transformers_files.write_optimizer_and_scheduler(folder, self.optimizer, self.lr_scheduler)
@@ -88,7 +90,8 @@ class CheckpointHooks(Composition):
             )
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         names = adapter.parameter_names(self.model)
-        codec.load_optimizer_tree(self.optimizer, codec.load_tree(folder, "optimizer"), names, folder)
+        tree = codec.load_tree(folder, "optimizer", codec.max_optimizer_tensors(names))
+        codec.load_optimizer_tree(self.optimizer, tree, names, folder)
         schedule = codec.load_tree(folder, "scheduler")
         is_function_of_step = type(self.lr_scheduler) is torch.optim.lr_scheduler.LambdaLR and not self._given_scheduler
         if not is_function_of_step or self._given_optimizer:
@@ -114,7 +117,12 @@ class CheckpointHooks(Composition):
         codec.load_random_tree(codec.load_tree(Path(checkpoint), "rng"))
 
     def _load_callback_state(self) -> None:
-        """Give stateful callbacks what they had when the checkpoint was written; their settings stay those of this run."""
+        """Give stateful callbacks what they had when the checkpoint was written.
+
+        Their settings stay those of this run, and so does the control, unless
+        `args.restore_callback_states_from_checkpoint` asks for those of the checkpoint.
+        """
+        with_settings = self.args.restore_callback_states_from_checkpoint
         saved: dict[str, list[dict[str, Any]]] = {
             name: list(states) if isinstance(states, list) else [states]
             for name, states in self.state.stateful_callbacks.items()
@@ -122,10 +130,21 @@ class CheckpointHooks(Composition):
         for callback in self.callback_handler.callbacks:
             states = saved.get(type(callback).__name__, [])
             if states and callable(getattr(callback, "state", None)):
-                saved_attributes = states.pop(0)["attributes"]
-                for name in callback.state()["attributes"]:  # no others, whatever the file says
-                    if name in saved_attributes:
-                        setattr(callback, name, saved_attributes[name])
+                state, own = states.pop(0), callback.state()
+                if with_settings:  # no others than its own, whatever the file says
+                    settings = {name: value for name, value in state.get("args", {}).items() if name in own["args"]}
+                    vars(callback).update(vars(type(callback)(**settings)))
+                for name in own["attributes"]:
+                    if name in state["attributes"]:
+                        setattr(callback, name, state["attributes"][name])
+        control = saved.pop("TrainerControl", [])
+        if with_settings and control:
+            self.control.should_training_stop = bool(control[0].get("args", {}).get("should_training_stop"))
+        missing = [name for name, states in saved.items() if states]
+        if missing:
+            self.notices.say(
+                f"the checkpoint has the state of callbacks that this run does not have: {', '.join(missing)}"
+            )
 
     def _stateful_callbacks(self) -> list[Any]:
         candidates = [*self.callback_handler.callbacks, self.control]

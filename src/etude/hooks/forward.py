@@ -18,10 +18,10 @@ from etude.kernels.cross_entropy import GPU_ROWS
 from etude.kernels.plan import CompileSwitch
 from etude.model import loss as model_loss
 from etude.model.graphs import GraphedLoss, graph_obstacle, launch_bound_tokens
-from etude.model.memory import LayerBytes, MemoryPlan, TokenBudget, free_memory, plan_memory
+from etude.model.memory import HeadBytes, LayerBytes, MemoryPlan, TokenBudget, free_memory, plan_memory
 from etude.model.packing import PackedBatch
 
-OUTSIDE_BYTES_PER_WIDTH = 24
+OUTSIDE_BYTES_PER_WIDTH = 16
 """Per token and unit of the hidden size, outside the layers: embeddings, last norm, labelled rows and their gradient."""
 
 SPARE_BYTES = 192 * 2**20
@@ -97,7 +97,10 @@ class ForwardHooks(Composition):
             free_memory(device) - self._bytes_to_come(),
             LayerBytes(*plan.layer_bytes()),
             len(plan.blocks),
-            OUTSIDE_BYTES_PER_WIDTH * plan.blocks[0].qkv.in_features,
+            HeadBytes(
+                OUTSIDE_BYTES_PER_WIDTH * plan.blocks[0].qkv.in_features,
+                2 * GPU_ROWS * self.model.get_input_embeddings().num_embeddings,
+            ),
             wanted_tokens,
             longest,
         )
@@ -108,14 +111,11 @@ class ForwardHooks(Composition):
         return memory_plan.tokens
 
     def _bytes_to_come(self) -> int:
-        """Gradients, the optimizer's state, and a chunk of logits with what its gradient needs."""
-        assert self.optimizer is not None
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        has_state = any(self.optimizer.state.values())
+        """Gradients, the optimizer's state, and workspaces."""
+        trained: int = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        has_state = self.optimizer is not None and any(self.optimizer.state.values())
         state = 0 if has_state else optimizer_state_bytes(str(self.args.optim)) * trained
-        vocabulary: int = self.model.get_input_embeddings().num_embeddings
-        total: int = 4 * trained + state + 2 * GPU_ROWS * vocabulary + SPARE_BYTES
-        return total
+        return 4 * trained + state + SPARE_BYTES
 
     def build_compile_switch(self, max_steps: int) -> CompileSwitch | None:
         """When the decoder layers are compiled; None on the general path. A deterministic run never decides by the clock."""
@@ -152,7 +152,9 @@ class ForwardHooks(Composition):
         for_training = getattr(self.optimizer, "train", None)
         if callable(for_training):
             for_training()
-        if self.graphs is not None and isinstance(inputs, PackedBatch):
+        if isinstance(inputs, PackedBatch):
+            self.path.plan.require_unchanged()
+        if self.graphs is not None and isinstance(inputs, PackedBatch) and not self.path.plan.is_watched():
             share = self.graphs(inputs, cast(int, num_items_in_batch))
             if self.graphs.failure is not None:
                 self.notices.say_once(f"goes on without CUDA graphs: {self.graphs.failure}")

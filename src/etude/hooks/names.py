@@ -19,6 +19,16 @@ REFUSED_OVERRIDES = {
 """Hooks of the peer's loop that have no counterpart, and what to override instead."""
 
 
+class NoTracker:
+    """What an `evaluate` that was copied from the peer starts and stops; etude measures memory in the loop below it."""
+
+    def start(self) -> None:
+        """Nothing."""
+
+    def stop_and_update_metrics(self, metrics: dict[str, Any] | None = None) -> None:
+        """Nothing: the metrics stay as they are."""
+
+
 class NamedHooks(Composition):
     """What is there so that it can be called, looked at or overridden."""
 
@@ -26,7 +36,23 @@ class NamedHooks(Composition):
     is_deepspeed_enabled = False
     is_fsdp_enabled = False
     is_fsdp_xla_enabled = False
+    is_fsdp_xla_v1_enabled = False
+    is_fsdp_xla_v2_enabled = False
+    is_tp_enabled = False
+    use_apex = False
+    use_cpu_amp = False
     hub_model_id: str | None = None
+    _memory_tracker = NoTracker()
+
+    @property
+    def gather_function(self) -> Any:
+        """What joins the results of an evaluation over processes."""
+        return self.accelerator.gather_for_metrics
+
+    @property
+    def _train_batch_size(self) -> int:
+        """Samples of a batch before accumulation."""
+        return self.args.train_batch_size
 
     def create_accelerator_and_postprocess(self) -> None:
         """Build `trainer.accelerator`; called once, before the model is looked at.

@@ -57,6 +57,11 @@ class ProgressHooks(Composition):
         elif torch.is_tensor(tokens) and kind == "non_padding" and pad is not None:
             self.state.num_input_tokens_seen += int((tokens != pad).sum())
         elif torch.is_tensor(tokens):
+            if kind == "non_padding":
+                self.notices.say_once(
+                    "include_num_input_tokens_seen='non_padding' counts all tokens here: the batches have no attention "
+                    "mask, and no tokenizer says which token is padding"
+                )
             self.state.num_input_tokens_seen += tokens.numel()
 
     def _maybe_log_save_evaluate(

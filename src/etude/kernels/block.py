@@ -80,6 +80,15 @@ class Block:
 
     def __post_init__(self) -> None:
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        modules = [module for module in self.layer.modules() if module is not self.layer]
+        self._hooks = [
+            hooks for module in modules for kind in kinds if (hooks := getattr(module, kind, None)) is not None
+        ]
+
+    def is_watched(self) -> bool:
+        """Whether somebody has hooked a module inside the layer: hooks are called by the layer's own forward only."""
+        return any(self._hooks)
 
     def bytes_per_token(self, *, keeps_gates: bool) -> tuple[int, int]:
         """What is kept of a token between forward and backward pass, and what the backward pass needs for a moment."""
@@ -106,7 +115,7 @@ class Block:
     ) -> Any:
         """Stands in for the layer's forward, in its signature. Padded batches and cached ones go to the layer's own."""
         is_packed = options.get("segments") is not None and hidden_states.shape[0] == 1 and past_key_values is None
-        if not is_packed or hidden_states.dtype != self.qkv.dtype:
+        if not is_packed or hidden_states.dtype != self.qkv.dtype or self.is_watched():
             own: Any = type(self.layer).forward
             options |= {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
             options |= {"past_key_values": past_key_values, "position_embeddings": position_embeddings}
@@ -148,7 +157,7 @@ class Block:
             module,
             *(tensor.transpose(0, 1)[None] for tensor in (query_THd, key_TKd, value_TKd)),
             None,
-            dropout=module.attention_dropout if module.training else 0.0,
+            dropout=0.0,  # layers that have some are no blocks
             scaling=module.scaling,
             sliding_window=window_of(module),
             **options,

@@ -32,6 +32,10 @@ GATE_COLUMNS, GATE_WARPS = 1024, 4
 
 COPY_ELEMENTS = 4096
 
+PRODUCT_ROWS, PRODUCT_COLUMNS, MOST_RANKS = 64, 128, 128
+"""A tile of `add_product`: a row of it is 256 bytes of memory; its factors come out of the cache. Above this rank the
+matrix units are what takes time."""
+
 
 def rms_norm(
     h_TD: Tensor, weight_D: Tensor, offset: float, eps: float, out_TD: Tensor, residual_TD: Tensor | None = None
@@ -121,6 +125,21 @@ def gate_backward(grad_TF: Tensor, gate_up_T2F: Tensor, activation: str, out_T2F
     _gate_backward[(T * triton.cdiv(F, GATE_COLUMNS),)](
         grad_TF, gate_up_T2F, out_T2F, product_TF, *strides, F, activation == SILU, GATE_COLUMNS, num_warps=GATE_WARPS
     )
+
+
+def add_product(out_TI: Tensor, left_TR: Tensor, right_RI: Tensor) -> None:
+    """`reference.add_product`, also for rows that are further apart than wide, which `addmm_` would copy there and back."""
+    T, columns = out_TI.shape
+    rank = right_RI.shape[0]
+    if rank > MOST_RANKS:
+        out_TI.addmm_(left_TR, right_RI)
+        return
+    strides = (out_TI.stride(0), left_TR.stride(0), right_RI.stride(0))
+    rank_block = max(triton.next_power_of_2(rank), 16)
+    _add_product[(triton.cdiv(T, PRODUCT_ROWS) * triton.cdiv(columns, PRODUCT_COLUMNS),)](
+        out_TI, left_TR, right_RI, *strides, T, columns, rank, rank_block, PRODUCT_ROWS, PRODUCT_COLUMNS,
+        num_warps=GATE_WARPS,
+    )  # fmt: skip
 
 
 def copy_rows(source_TR: Tensor, out_TR: Tensor) -> None:
@@ -309,6 +328,36 @@ def _rotate_backward(
 def _factor(weight: tl.tensor, columns: tl.tensor, offset: float, within: tl.tensor) -> tl.tensor:
     """offset + weight, for all heads."""
     return (offset + tl.load(weight + columns, mask=within, other=0.0).to(tl.float32))[None, :]
+
+
+@triton.jit
+def _add_product(
+    out: tl.tensor,
+    left: tl.tensor,
+    right: tl.tensor,
+    out_stride: int,
+    left_stride: int,
+    right_stride: int,
+    T: int,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+) -> None:
+    blocks = tl.cdiv(COLUMNS, COLUMN_BLOCK)
+    rows = (tl.program_id(0) // blocks).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)[:, None]
+    columns = (tl.program_id(0) % blocks) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)[None, :]
+    ranks = tl.arange(0, RANK_BLOCK)
+    inside = (rows < T) & (columns < COLUMNS)
+    places = out + rows * out_stride + columns
+    before = tl.load(places, mask=inside, other=0.0)
+    left_mask = (rows < T) & (ranks < RANK)[None, :]
+    left_tile = tl.load(left + rows * left_stride + ranks[None, :], mask=left_mask, other=0.0)
+    right_mask = (ranks < RANK)[:, None] & (columns < COLUMNS)
+    right_tile = tl.load(right + ranks[:, None] * right_stride + columns, mask=right_mask, other=0.0)
+    product = tl.dot(left_tile, right_tile, input_precision="ieee")
+    tl.store(places, (before.to(tl.float32) + product).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -82,7 +82,7 @@ def block_of(
             return QuantizedProjection(linears, adapters, dtype, workspace)
         return Projection(linears, adapters, dtype, extends_input=extends_input, extends_gradient=extends_gradient)
 
-    return Block(
+    block = Block(
         layer=layer,
         attention=attention,
         input_norm=norms[0],  # type: ignore[arg-type]
@@ -100,6 +100,11 @@ def block_of(
         attention_norm=norms[1] if is_sandwich else None,
         down_norm=norms[3] if is_sandwich else None,
     )
+    known = {id(parameter) for projection in block.projections for parameter in projection.parameters}
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            return f"a trainable weight ({name})"
+    return block
 
 
 def _changes(layer: nn.Module) -> str | None:
@@ -111,7 +116,7 @@ def _changes(layer: nn.Module) -> str | None:
         if module is not layer and (module._backward_hooks or module._backward_pre_hooks):
             return f"hooks on its {name}"
         for field, value in vars(module).items():
-            if field.endswith("dropout") and field != "attention_dropout" and isinstance(value, float) and value > 0.0:
+            if field.endswith("dropout") and isinstance(value, float) and value > 0.0:  # run again, it would be another
                 return f"dropout ({field})"
     return None
 

@@ -71,6 +71,7 @@ class KernelPlan:
     _undo: list[Callable[[], None]] = field(default_factory=list)
     _copies: list[Copy] = field(default_factory=list)
     _gather: Any = None
+    _use: dict[str, Any] = field(default_factory=dict)
     is_compiled: bool = False
 
     def explain(self) -> list[str]:
@@ -92,6 +93,7 @@ class KernelPlan:
         return max((p.rounding for block in self.blocks for p in block.projections), default=0.0)
 
     def apply(self) -> None:
+        self._use = _use_of(self.lora_layers[0]) if self.lora_layers else {}
         for layer in self.lora_layers:
             layer.forward = types.MethodType(lean_forward, layer)
             self._undo.append(lambda layer=layer: layer.__dict__.pop("forward", None))  # type: ignore[misc]
@@ -114,6 +116,21 @@ class KernelPlan:
         else:
             refresh(self._copies)
 
+    def is_watched(self) -> bool:
+        """Whether somebody has hooked a module or parameter of a block; what is captured in a graph would not call the hook."""
+        return any(block.is_watched() or any(part.has_hooks() for part in block.projections) for block in self.blocks)
+
+    def require_unchanged(self) -> None:
+        """
+        Raises:
+            ModelError: adapters were switched, merged, disabled or scaled anew while the blocks compute with those they know.
+        """
+        if self.blocks and self.lora_layers and _use_of(self.lora_layers[0]) != self._use:
+            raise ModelError(
+                f"the adapters are used otherwise than when training began (now {_use_of(self.lora_layers[0])}, then "
+                f"{self._use}): put them back after use, or train with fast_path=False"
+            )
+
     def layer_bytes(self) -> tuple[int, int, int, int]:
         """Bytes of a token in one layer: kept with everything, without its gates, with its input alone; passing."""
         block = self.blocks[0]
@@ -128,11 +145,11 @@ class KernelPlan:
             block.keeps_gates = index >= num_recomputed + num_without_gates
 
     def keep_less(self) -> bool:
-        """Have every block run again in the backward pass; False where they all do already."""
-        if all(block.recomputes for block in self.blocks):
-            return False
-        self.keep(num_recomputed=len(self.blocks), num_without_gates=0)
-        return True
+        """Have a quarter of the blocks more run again in the backward pass; False where they all do already."""
+        kept = [block for block in self.blocks if not block.recomputes]
+        for block in kept[: -(-len(self.blocks) // 4)]:
+            block.recomputes = True
+        return bool(kept)
 
     def accumulate_in_place(self) -> None:
         """Have the blocks add to the gradients where they lie (`p.grad` stays there), all adapters in a few launches."""
@@ -154,7 +171,8 @@ class KernelPlan:
         Raises:
             ModelError: they differ.
         """
-        chosen = {getattr(block.attention, "sliding_window", None): block for block in self.blocks}.values()
+        kinds = {getattr(block.attention, "sliding_window", None): block for block in self.blocks}
+        chosen = self.blocks if self.rounding else list(kinds.values())  # each layer has been rounded by itself
         for block in chosen:
             block.calls_seen = []
         try:
@@ -263,6 +281,16 @@ class CompileSwitch:
         self.is_decided = True
         self.plan.compile()
         return f"compiles {len(self.plan.decoder_layers)} decoder layers: {reason}"
+
+
+def _use_of(layer: Any) -> dict[str, Any]:
+    """How a LoRA layer is used at this moment; whoever changes that changes it in all layers."""
+    return {
+        "active": tuple(layer.active_adapters),
+        "merged": tuple(layer.merged_adapters),
+        "disabled": bool(layer.disable_adapters),
+        "scaling": tuple(layer.scaling.get(name) for name in layer.active_adapters),
+    }
 
 
 def _lora_linear_class() -> Any:

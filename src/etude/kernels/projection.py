@@ -244,7 +244,7 @@ class Projection:
         else:
             grad_reduced = torch.mm(grad, self.B)
         if self.rank:
-            grad_x.addmm_(grad_reduced, self.A)
+            operations(grad.device).add_product(grad_x, grad_reduced, self.A)
         return grad_x, grad_reduced
 
     def _product(self, x: Any, residual: Tensor | None) -> Tensor:
@@ -286,7 +286,7 @@ class Projection:
         if not self.rank:
             return []
         all_A, all_B = torch.mm(grad_reduced.t(), x), torch.mm(grad.t(), reduced)
-        if self._accumulate is not None:
+        if self._accumulate is not None and not self.has_hooks():
             self._accumulate.add(all_A, all_B, column_factor, offset)
             return [None] * len(self.parameters)
         if column_factor is not None:
@@ -300,13 +300,16 @@ class Projection:
                 gradients.append(block if scaling == 1.0 else block * scaling)
         return gradients
 
+    def has_hooks(self) -> bool:
+        """Whether somebody wants to be called with the gradients of the adapters."""
+        return any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in self.parameters)
+
     def accumulate_in_place(self) -> None:
         """Add the adapters' gradients to `p.grad`, which must be there and stay where it is, instead of returning them.
 
-        Autograd's own accumulation is left out, so hooks on the parameters would not be called: those who have some keep it.
+        Autograd's own accumulation is left out, and with it hooks on the parameters: while there are any, it is taken.
         """
-        has_hooks = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in self.parameters)
-        if not self.rank or has_hooks or any(p.grad is None or p.grad.dtype != torch.float32 for p in self.parameters):
+        if not self.rank or any(p.grad is None or p.grad.dtype != torch.float32 for p in self.parameters):
             return
         from etude.kernels.transfer import Accumulate, Share
 

@@ -101,6 +101,11 @@ def gate_backward(grad_TF: Tensor, gate_up_T2F: Tensor, activation: str, out_T2F
     product_TF.copy_(activated * up_TF)
 
 
+def add_product(out_TI: Tensor, left_TR: Tensor, right_RI: Tensor) -> None:
+    """out += left right, of a rank so low that reading and writing `out` is what takes time."""
+    out_TI.addmm_(left_TR, right_RI)
+
+
 def copy_rows(source_TR: Tensor, out_TR: Tensor) -> None:
     """out = source: a few columns of wide rows."""
     out_TR.copy_(source_TR)

@@ -26,7 +26,7 @@ EFFICIENT_TOKENS = 2048
 """With fewer rows the matrix products of a GPU lose more than making a layer's activations again costs."""
 
 CANDIDATE_TOKENS = (GPU_TOKENS, 12288, 8192, 6144, 4096, 3072, EFFICIENT_TOKENS)
-SHARE_FOR_LAYERS = 0.85
+SHARE_FOR_LAYERS = 0.93
 """Of the memory that is free; the rest is for what is not counted and for gaps between blocks."""
 
 
@@ -56,21 +56,40 @@ class MemoryPlan:
         )
 
 
+@dataclass(frozen=True)
+class HeadBytes:
+    """What is needed outside the layers: for every token, and while the logits of a chunk are there."""
+
+    per_token: int
+    chunk: int
+
+
+def _passing(tokens: int, layer: LayerBytes, head: HeadBytes) -> int:
+    """Bytes beside what is kept. The head has done its work before the backward pass of a layer begins."""
+    return tokens * head.per_token + max(tokens * layer.passing, head.chunk)
+
+
 def plan_memory(
-    room: int, layer: LayerBytes, num_layers: int, bytes_per_token: int, wanted_tokens: int | None, longest: int = 1
+    room: int,
+    layer: LayerBytes,
+    num_layers: int,
+    head: HeadBytes,
+    wanted_tokens: int | None,
+    longest: int = 1,
 ) -> MemoryPlan:
     """The fastest way of running `num_layers` layers in `room` bytes.
 
-    `bytes_per_token` is needed outside the layers. Without `wanted_tokens` the micro-batch is first made smaller, down to
+    Without `wanted_tokens` the micro-batch is first made smaller, down to
     what keeps a GPU efficient, and only then are activations made again. A sample of `longest` tokens is never split.
     """
     kept = int(SHARE_FOR_LAYERS * room)
     for tokens in CANDIDATE_TOKENS if wanted_tokens is None else (wanted_tokens,):
-        if max(tokens, longest) * (num_layers * layer.everything + layer.passing + bytes_per_token) <= kept:
+        actual = max(tokens, longest)
+        if actual * num_layers * layer.everything + _passing(actual, layer, head) <= kept:
             return MemoryPlan(tokens)
     tokens = max(wanted_tokens or EFFICIENT_TOKENS, longest)
     while True:
-        left = kept - tokens * (layer.passing + bytes_per_token)
+        left = kept - _passing(tokens, layer, head)
         if (excess := num_layers * layer.everything * tokens - left) <= 0:
             return MemoryPlan(tokens)
         saving = (layer.everything - layer.without_gates) * tokens

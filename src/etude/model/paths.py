@@ -8,6 +8,7 @@ there, an exception included, means the general path, with the reason for the st
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -256,10 +257,11 @@ class Tolerances(NamedTuple):
     leak: float
     loss: float
 
-    def widened(self, rounding: float) -> Tolerances:
-        """For layers whose products differ by `rounding` from the model's own (fp8, 8 bits): over all layers the logits by
-        a few times that. Whether samples are apart is asked as strictly as ever: every row is rounded by itself."""
-        return self._replace(logits=max(self.logits, 4 * rounding), loss=max(self.loss, rounding / 2))
+    def widened(self, rounding: float, num_layers: int) -> Tolerances:
+        """For layers that may each differ by `rounding` from the model's own (fp8, 8 bits), and are compared one by one:
+        independent errors add up by their squares. Whether samples are apart is asked as strictly as ever."""
+        logits = rounding * math.sqrt(num_layers)
+        return self._replace(logits=max(self.logits, logits), loss=max(self.loss, rounding / 2))
 
 
 EXACT = Tolerances(logits=1e-4, leak=1e-5, loss=1e-5)
@@ -281,7 +283,7 @@ def probed_path(
         raise ModelError("the probe's own rows cannot be packed")
     weight = causal_model(model).get_input_embeddings().weight
     is_rounded = training_dtype in HALF_PRECISION or weight.dtype in HALF_PRECISION
-    tolerances = (ROUNDED if is_rounded else EXACT).widened(plan.rounding)
+    tolerances = (ROUNDED if is_rounded else EXACT).widened(plan.rounding, len(plan.blocks))
     path = PackedPath(model, kernel=kernel, head=MODEL_LOGITS, plan=plan)
     try:
         with _at_rest(model), torch.no_grad(), _autocast(weight.device, training_dtype):

@@ -44,6 +44,14 @@ def _disk(summary: RunSummary) -> Iterator[Concern]:
         )
 
 
+def _kept_logits(summary: RunSummary) -> Iterator[Concern]:
+    if summary.kept_logits is not None and not summary.kept_logits.is_met:
+        yield Concern(
+            f"each evaluation keeps all logits for compute_metrics: {summary.kept_logits.describe('available')}",
+            "preprocess_logits_for_metrics (argmax of them), batch_eval_metrics=True, or fewer rows to evaluate on",
+        )
+
+
 def _frozen_experts(summary: RunSummary) -> Iterator[Concern]:
     experts = next((part for part in summary.coverage if part.name == "experts"), None)
     if summary.adapter is not None and experts is not None and not experts.adapted_matrices:
@@ -57,9 +65,10 @@ def _cut_off(summary: RunSummary) -> Iterator[Concern]:
     data = summary.train
     if data.cut_off and data.samples and data.cut_off >= NOTABLE_CUT * data.samples:
         limit = f" at max_length {summary.max_length:,}" if summary.max_length else ""
+        loses = "loses its end" if data.cut_off == 1 else "lose their end"
         yield Concern(
-            f"{counted(data.cut_off, 'sample')} of {data.samples:,} ({of_share(data.cut_off / data.samples)}) lose their "
-            f"end{limit}: the model never sees how those answers stop",
+            f"{counted(data.cut_off, 'sample')} of {data.samples:,} ({of_share(data.cut_off / data.samples)}) {loses}"
+            f"{limit}: the model never sees how {'that answer stops' if data.cut_off == 1 else 'those answers stop'}",
             "raise max_length, or shorten or drop those rows",
         )
 
@@ -158,6 +167,7 @@ def _no_checkpoints(summary: RunSummary) -> Iterator[Concern]:
 CHECKS: tuple[Callable[[RunSummary], Iterator[Concern]], ...] = (
     _memory,
     _disk,
+    _kept_logits,
     _frozen_experts,
     _everything_supervised,
     _cut_off,

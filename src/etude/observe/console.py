@@ -23,6 +23,8 @@ _SHORT: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "grad_norm": ("grad", lambda value: f"{value:.2g}" if abs(value) < 10 else f"{value:.1f}"),
 }
 _SHOWN_ELSEWHERE = ("epoch", "step", "total_flos")
+_FOR_PROGRAMS = ("_samples_per_second", "_steps_per_second")
+"""Ends of names that would push the numbers people look for off the line; `metrics.jsonl` has them."""
 SMOOTHING = 0.9
 """Weight of what was before in the loss that the bar shows; the lines show each loss as it is."""
 
@@ -40,7 +42,7 @@ def log_line(logs: Mapping[str, Any], step: int, max_steps: int, max_text_length
     if "epoch" in logs:
         parts.append(f"epoch {_shown(logs['epoch'], max_text_length, lambda value: f'{value:.2f}')}")
     for name, value in logs.items():
-        if name not in _SHOWN_ELSEWHERE:
+        if name not in _SHOWN_ELSEWHERE and not name.endswith(_FOR_PROGRAMS):
             short, digits = _SHORT.get(name, (printable(name, max_text_length), lambda value: f"{value:.4g}"))
             parts.append(f"{short} {_shown(value, max_text_length, digits)}")
     return "  ".join(parts)

@@ -38,7 +38,8 @@ class Chart:
 
 
 def charts_of(log_history: Iterable[Mapping[str, Any]]) -> list[Chart]:
-    """Loss (with the evaluations), learning rate and gradient norm, as far as the log has them."""
+    """Loss (with the evaluations), learning rate and gradient norm, as far as the log has them: the loss from its first
+    value on, the others once they are curves."""
     history = list(log_history)
     loss = _points(history, "loss")
     curves = []
@@ -54,7 +55,9 @@ def charts_of(log_history: Iterable[Mapping[str, Any]]) -> list[Chart]:
     ]
     charts = [Chart("Loss", tuple(curve for curve in curves if curve.points))]
     for name, title in (("learning_rate", "Learning rate"), ("grad_norm", "Gradient norm")):
-        charts.append(Chart(title, (Curve(title.lower(), _points(history, name)),), width=352, height=190))
+        points = _points(history, name)
+        if len(points) > 1:
+            charts.append(Chart(title, (Curve(title.lower(), points),), width=352, height=190))
     return [chart for chart in charts if any(curve.points for curve in chart.curves)]
 
 

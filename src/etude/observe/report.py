@@ -35,6 +35,13 @@ class ShownSample(NamedTuple):
     expected: str = ""
 
 
+class Ending(NamedTuple):
+    """Why a run ended before its time, and the way on as a (caption, code) pair."""
+
+    what: str
+    way_on: tuple[str, str]
+
+
 @dataclass(frozen=True)
 class Report:
     """What the page shows, from top to bottom."""
@@ -55,6 +62,8 @@ class Report:
     """(caption, code)."""
     samples: Sequence[ShownSample] = ()
     skipped_rows: Sequence[str] = ()
+    ending: Ending | None = None
+    """None for a run that ended as it should."""
 
 
 def write(report: Report, folder: str | Path, secrets: Iterable[str] = ()) -> list[str]:
@@ -98,6 +107,7 @@ def page(report: Report) -> str:
     template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
     sections = [
         f"<h1>{text(report.title)}</h1><p class='soft'>{text(report.subtitle)}</p>",
+        _ending(report.ending),
         _tiles(report.figures),
         f'<div class="charts">{"".join(map(svg, charts_of(report.log_history)))}</div>',
         _samples(report.samples),
@@ -124,6 +134,14 @@ def _folded(title: str, summary: str, content: str) -> str:
     return _section(title, f"<details><summary>{text(summary)}</summary>{content}</details>" if content else "")
 
 
+def _ending(ending: Ending | None) -> str:
+    if ending is None:
+        return ""
+    caption, code = ending.way_on
+    way_on = f"<p>{text(caption)}</p>" + (f"<pre>{text(code)}</pre>" if code else "")
+    return f'<div class="ending"><p><b>{text(ending.what)}</b></p>{way_on}</div>'
+
+
 def _tiles(figures: Iterable[tuple[str, str]]) -> str:
     tiles = [f'<div class="tile"><span>{text(label)}</span><b>{text(value)}</b></div>' for label, value in figures]
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
@@ -140,7 +158,7 @@ def _samples(samples: Sequence[ShownSample]) -> str:
     columns = ["prompt", "before", "after", *(["expected"] if any(sample.expected for sample in samples) else [])]
     head = "".join(f"<th>{column}</th>" for column in columns)
     rows = [
-        "<tr>" + "".join(f"<td>{text(getattr(sample, column))}</td>" for column in columns) + "</tr>"
+        "<tr>" + "".join(f"<td><div>{text(getattr(sample, column))}</div></td>" for column in columns) + "</tr>"
         for sample in samples
     ]
     table = f'<div class="scroll"><table class="samples"><tr>{head}</tr>{"".join(rows)}</table></div>'

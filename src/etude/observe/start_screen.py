@@ -69,6 +69,8 @@ class DataSummary:
     skipped: int = 0
     counted_samples: int | None = None
     """Where only the first rows were looked at: how many. The other numbers are theirs."""
+    source: str = ""
+    """Where they come from and their format, in words."""
 
     @property
     def supervised_share(self) -> float | None:
@@ -89,8 +91,11 @@ class Need:
         return self.available_bytes is None or self.needed_bytes <= self.available_bytes
 
     def describe(self, left: str) -> str:
+        return ": ".join(self.lines(left))
+
+    def lines(self, left: str) -> list[str]:
         there = "" if self.available_bytes is None else f" of {of_bytes(self.available_bytes)} {left}"
-        return f"about {of_bytes(self.needed_bytes)}{there}" + (f": {', '.join(self.parts)}" if self.parts else "")
+        return [f"about {of_bytes(self.needed_bytes)}{there}", *([", ".join(self.parts)] if self.parts else [])]
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,8 @@ class RunSummary:
     evaluates: bool = False
     saves: bool = True
     max_length: int | None = None
+    kept_logits: Need | None = None
+    """Of an evaluation whose metrics are computed from all logits at once."""
 
     @property
     def global_batch(self) -> int:
@@ -155,8 +162,8 @@ def rows(summary: RunSummary) -> list[tuple[str, list[str]]]:
         ("schedule", [_schedule(summary)]),
         ("precision", [f"{summary.precision} on {summary.device}", *_given(summary.precision_note)]),
         ("path", _path(summary)),
-        ("memory", [summary.memory.describe("available")] if summary.memory else []),
-        ("disk", [summary.disk.describe("free")] if summary.disk else []),
+        ("memory", summary.memory.lines("available") if summary.memory else []),
+        ("disk", summary.disk.lines("free") if summary.disk else []),
         ("time", [_time(summary)]),
         ("output", [summary.output_dir]),
     ]
@@ -193,10 +200,11 @@ def _on(targets: Sequence[str]) -> str:
 
 
 def _data(data: DataSummary) -> list[str]:
+    source = _given(data.source)
     if data.samples is None:
-        return ["a stream of unknown length"]
+        return ["a stream of unknown length", *source]
     if data.tokens is None:
-        return [counted(data.samples, "sample")]
+        return [counted(data.samples, "sample"), *source]
     share = data.supervised_share
     first = f"{counted(data.samples, 'sample')}, {data.tokens:,} tokens"
     if data.counted_samples is not None and data.counted_samples < data.samples:
@@ -208,7 +216,7 @@ def _data(data: DataSummary) -> list[str]:
         f"{data.duplicates:,} duplicates" if data.duplicates is not None else "",
         f"{data.skipped:,} skipped as bad" if data.skipped else "",
     ]
-    return [first, ", ".join(filter(None, facts))]
+    return [first, ", ".join(filter(None, facts)), *source]
 
 
 def _eval(summary: RunSummary) -> str:

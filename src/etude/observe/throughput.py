@@ -65,6 +65,10 @@ class ThroughputCallback:
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since = self._clock()
 
+    def leave_out(self) -> None:
+        """What was done since the last step does not count as training."""
+        self._since = self._clock()
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since = self._clock()
 

@@ -27,7 +27,8 @@ _PACKAGES: Mapping[str, tuple[str, str]] = {
     "trackio": ("trackio", "trackio"),
     "wandb": ("wandb", "wandb"),
 }
-TRACKER_NAMES: tuple[str, ...] = ("tensorboard", *_PACKAGES)
+_WITHOUT_PACKAGE = ("kubeflow",)  # its callback speaks to the server that the job names, with Python's own library
+TRACKER_NAMES: tuple[str, ...] = ("tensorboard", *_PACKAGES, *_WITHOUT_PACKAGE)
 
 
 def tracker_callbacks(args: Any) -> list[Any]:
@@ -56,12 +57,13 @@ def requested(report_to: str | list[str] | None) -> list[str]:
 def _callback(name: str) -> Any:
     if name == "tensorboard":
         return TensorBoardCallback()
-    if name not in _PACKAGES:
+    if name not in TRACKER_NAMES:
         near = nearest(name, TRACKER_NAMES)
         hint = f"did you mean '{near}'?" if near else f"known: {', '.join(TRACKER_NAMES)}"
         raise ConfigError(f"unknown tracker '{name}'; {hint}", field="report_to")
-    module, package = _PACKAGES[name]
-    require(module, purpose=f"report_to='{name}'", install=f"pip install {package}")
+    if name in _PACKAGES:
+        module, package = _PACKAGES[name]
+        require(module, purpose=f"report_to='{name}'", install=f"pip install {package}")
     from transformers.integrations import get_reporting_integration_callbacks
 
     (callback_class,) = get_reporting_integration_callbacks([name])

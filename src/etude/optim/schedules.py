@@ -1,6 +1,6 @@
 """Learning-rate schedules as pure functions of the step.
 
-The learning rate of optimizer step k (counted from 0) is `base_lr * factor(name, k, ...)`. Nothing here has state, so a
+The learning rate of optimizer step k (counted from 0) is `lr_init * factor(name, k, ...)`. Nothing here has state, so a
 resumed run needs only its step number. The arithmetic keeps the order of operations of the peer's formulas: the learning
 rates are equal bit for bit, not only to rounding.
 
@@ -68,20 +68,20 @@ def _polynomial(
     num_warmup_steps: int,
     num_training_steps: int,
     *,
-    base_lr: float,
+    lr_init: float,
     lr_end: float = 1e-7,
     power: float = 1.0,
 ) -> float:
-    if not base_lr > lr_end:
-        raise ConfigError(f"lr_end={lr_end} must be below learning_rate={base_lr}", field="lr_scheduler_kwargs")
+    if not lr_init > lr_end:
+        raise ConfigError(f"lr_end={lr_end} must be below learning_rate={lr_init}", field="lr_scheduler_kwargs")
     if step < num_warmup_steps:
         return _warmup(step, num_warmup_steps)
     if step > num_training_steps:
-        return lr_end / base_lr
+        return lr_end / lr_init
     # A run that is all warm-up has no decay steps; its last value is the peak.
     remaining = 1 - (step - num_warmup_steps) / max(1, num_training_steps - num_warmup_steps)
-    decayed = (base_lr - lr_end) * remaining**power + lr_end
-    return float(decayed / base_lr)
+    decayed = (lr_init - lr_end) * remaining**power + lr_end
+    return float(decayed / lr_init)
 
 
 def _constant(step: int, num_warmup_steps: int, num_training_steps: int) -> float:
@@ -100,11 +100,11 @@ def _inverse_sqrt(step: int, num_warmup_steps: int, num_training_steps: int, *, 
     return 1.0 / math.sqrt((step + timescale - num_warmup_steps) / timescale)
 
 
-def _floor(min_lr: float | None, min_lr_rate: float | None, base_lr: float) -> float:
+def _floor(min_lr: float | None, min_lr_rate: float | None, lr_init: float) -> float:
     """The lowest factor, from either of its two spellings."""
     if (min_lr is None) == (min_lr_rate is None):
         raise ConfigError("give exactly one of min_lr and min_lr_rate", field="lr_scheduler_kwargs")
-    return min_lr / base_lr if min_lr is not None else cast(float, min_lr_rate)
+    return min_lr / lr_init if min_lr is not None else cast(float, min_lr_rate)
 
 
 def _cosine_with_min_lr(
@@ -112,12 +112,12 @@ def _cosine_with_min_lr(
     num_warmup_steps: int,
     num_training_steps: int,
     *,
-    base_lr: float,
+    lr_init: float,
     num_cycles: float = 0.5,
     min_lr: float | None = None,
     min_lr_rate: float | None = None,
 ) -> float:
-    floor = _floor(min_lr, min_lr_rate, base_lr)
+    floor = _floor(min_lr, min_lr_rate, lr_init)
     return _cosine_to_floor(step, num_warmup_steps, num_training_steps, num_cycles=num_cycles, floor=floor)
 
 
@@ -126,14 +126,14 @@ def _cosine_warmup_with_min_lr(
     num_warmup_steps: int,
     num_training_steps: int,
     *,
-    base_lr: float,
+    lr_init: float,
     num_cycles: float = 0.5,
     min_lr: float | None = None,
     min_lr_rate: float | None = None,
     warmup_lr_rate: float | None = None,
 ) -> float:
     """Unlike the other curves this one never starts at 0: step k has the value that they reach at step k + 1."""
-    floor = _floor(min_lr, min_lr_rate, base_lr)
+    floor = _floor(min_lr, min_lr_rate, lr_init)
     if step < num_warmup_steps:
         if warmup_lr_rate is None:
             return (step + 1.0) / max(1.0, float(num_warmup_steps))
@@ -211,7 +211,7 @@ def factor(name: str, step: int, num_warmup_steps: int, num_training_steps: int,
         num_warmup_steps: optimizer steps of warm-up.
         num_training_steps: optimizer steps of the whole run.
         kwargs: what the curve takes besides (`num_cycles`, `power`, `min_lr`, ...); curves with an absolute end also
-            need `base_lr`.
+            need `lr_init`.
 
     Raises:
         ConfigError: unknown name, or an option that the curve does not have or cannot use.
@@ -243,8 +243,8 @@ def create_scheduler(
         warnings.warn(f"lr_scheduler_kwargs: {sorted(options)} are not used by '{name}'", stacklevel=2)
         options = {}
     curve = _curve(name, options)
-    if "base_lr" in _options(curve):
-        options.setdefault("base_lr", optimizer.defaults["lr"])
+    if "lr_init" in _options(curve):
+        options.setdefault("lr_init", optimizer.defaults["lr"])
     multiply = partial(curve, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps, **options)
     return LambdaLR(optimizer, multiply)
 
@@ -277,11 +277,11 @@ def _check_options(name: str, function: Callable[..., Any], options: Mapping[str
     for option in options:
         if option not in known:
             near = nearest(option, tuple(known))
-            public = [option_name for option_name in known if option_name != "base_lr"]
+            public = [option_name for option_name in known if option_name != "lr_init"]
             hint = f"did you mean '{near}'?" if near else f"it takes {', '.join(public) or 'none'}"
             raise UnknownArgumentError(f"'{name}' has no option '{option}'; {hint}", field="lr_scheduler_kwargs")
     for option, required in known.items():
-        if required and option not in options and option != "base_lr":
+        if required and option not in options and option != "lr_init":
             raise ConfigError(f"'{name}' needs '{option}'", field="lr_scheduler_kwargs")
 
 

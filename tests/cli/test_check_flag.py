@@ -1,0 +1,42 @@
+"""`etude train --check`: a table and an exit code, and nothing trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_run import question_rows, save_base, write_rows
+
+from etude.cli import main as command
+from etude.kernels import plan, reference
+
+
+@pytest.fixture
+def words() -> list[str]:
+    save_base(Path("base"))
+    write_rows(Path("rows.jsonl"), question_rows(24))
+    flags = ["--model", "base", "--data", "rows.jsonl", "--output", "run", "--use-cpu", "--lora-r", "4", "--check"]
+    return ["train", *flags]
+
+
+def test_a_table_and_exit_code_zero(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "path  packed: padding removed" in printed
+    assert "model.layers.0.mlp.down_proj.lora_B" in printed
+    assert printed.endswith("fine: the loss and every gradient are within 1e-04 of stock peft\n")
+    assert not Path("run").exists()
+
+
+def test_a_wrong_kernel_is_exit_code_one(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "compare", lambda block, call: 0.0)  # the probe would have found it first
+    monkeypatch.setattr(reference, "rms_norm_backward", lambda grad, h, *_: grad.to(h.dtype).clone())
+    assert command.main(words) == 1
+    assert "NOT fine: the loss and every gradient should be within 1e-04" in capsys.readouterr().out
+
+
+def test_in_half_precision_float32_stands_beside_it(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([*words, "--bf16"]) == 0
+    assert "gradient of (ours, stock: against float32)" in capsys.readouterr().out

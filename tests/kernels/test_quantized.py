@@ -1,0 +1,138 @@
+"""A base of bitsandbytes on the packed path, on a CPU: the numbers of the general path, nothing changed, little memory.
+
+Where the package is not installed (it brings 120 MB of GPU libraries), what needs none of it is still tested.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from etude.kernels.quantized import (
+    EIGHT_BIT,
+    FOUR_BIT,
+    QuantizedProjection,
+    Workspace,
+    is_quantized_lora,
+    quantized_kind,
+)
+from etude.model.paths import PackedPath, choose_path
+from tiny import IGNORED, Padded, language_rows, tiny_llama, tiny_qwen3
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install bitsandbytes)"
+)
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
+
+MODELS: dict[str, Any] = {
+    "llama, biases": lambda **shape: tiny_llama(attention_bias=True, **shape),
+    "qwen3": tiny_qwen3,
+}
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+
+
+def loss_and_gradients(model: nn.Module, loss: Tensor) -> tuple[Tensor, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
+    return loss.detach(), torch.cat(gradients)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_four_bits_give_the_numbers_of_the_general_path(name: str, nested: bool) -> None:
+    from quantized_models import quantised_lora
+
+    model = quantised_lora(MODELS[name](**WIDE), "nf4", nested=nested)
+    check_against_the_general_path(model, loss=1e-6, gradients=1e-5, kind=FOUR_BIT)
+
+
+@needs_bitsandbytes
+def test_eight_bits_give_the_numbers_of_the_general_path() -> None:
+    """bitsandbytes rounds the activations of an evaluation only, on a CPU: in training both multiply the same weights."""
+    from quantized_models import quantised_lora
+
+    model = quantised_lora(tiny_llama(attention_bias=True, **WIDE), "int8")
+    check_against_the_general_path(model, loss=1e-6, gradients=1e-5, kind=EIGHT_BIT)
+
+
+def check_against_the_general_path(model: nn.Module, *, loss: float, gradients: float, kind: str) -> None:
+    batch = Padded()(language_rows(4, seed=3, shortest=5, longest=14))
+    num_items = int((batch["labels"][:, 1:] != IGNORED).sum())
+    theirs = loss_and_gradients(model, model(**batch, num_items_in_batch=num_items).loss)
+    weights = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    path = choose_path(model, fast_path=True, overridden=(), sample_inputs=batch, training_dtype=None)
+    assert isinstance(path, PackedPath), path.reasons
+    assert any(kind in reason for reason in path.reasons), path.reasons
+    projections = [projection for block in path.plan.blocks for projection in block.projections]
+    assert all(isinstance(projection, QuantizedProjection) for projection in projections)
+    assert len({projection.workspace._buffer.data_ptr() for projection in projections}) == 1
+
+    ours = loss_and_gradients(model, path.loss(model, batch, num_items))
+    assert relative(ours[0], theirs[0]) < loss
+    assert relative(ours[1], theirs[1]) < gradients
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+
+    path.plan.undo()
+    assert projections[0].workspace._buffer is None
+    again = loss_and_gradients(model, model(**batch, num_items_in_batch=num_items).loss)
+    assert torch.equal(again[1], theirs[1])
+
+
+@needs_bitsandbytes
+def test_a_layer_left_in_full_precision_shares_a_product_with_quantised_ones() -> None:
+    from quantized_models import quantised_lora
+
+    base = tiny_llama(**WIDE)
+    plain = [nn.Linear(64, 32, bias=False) for _ in base.model.layers]
+    model = quantised_lora(base, "nf4")
+    for layer, linear in zip(model.get_base_model().model.layers, plain, strict=True):
+        layer.self_attn.v_proj = linear.requires_grad_(False)
+    check_against_the_general_path(model, loss=1e-6, gradients=1e-5, kind=FOUR_BIT)
+
+
+@needs_bitsandbytes
+def test_weights_that_would_change_their_format_keep_their_own_layers() -> None:
+    from quantized_models import quantised_lora
+
+    model = quantised_lora(tiny_llama(**WIDE), "nf4")
+    linear = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    batch = Padded()(language_rows(4, seed=3))
+    options: dict[str, Any] = {"fast_path": True, "overridden": (), "sample_inputs": batch, "training_dtype": None}
+    linear.compute_dtype = torch.bfloat16
+    path = choose_path(model, **options)
+    assert any("4-bit weights that compute in bfloat16" in reason for reason in path.reasons), path.reasons
+    linear.compute_dtype, linear.support_avx512bf16_for_cpu = torch.float32, True
+    assert linear.weight.quant_state is not None
+    from etude.kernels.quantized import quantized_obstacle
+
+    assert quantized_obstacle(linear, torch.float32) is not None
+
+
+def test_ordinary_layers_are_not_quantised_ones() -> None:
+    assert quantized_kind(nn.Linear(2, 2)) is None
+    assert not is_quantized_lora(nn.Linear(2, 2))
+
+
+def test_the_workspace_is_as_large_as_the_largest_matrix_and_goes_with_its_last_user() -> None:
+    workspace = Workspace()
+    for size in (12, 40, 6):
+        workspace.reserve(size, torch.float32, torch.device("cpu"))
+    wide, small = workspace.view(5, 8), workspace.view(2, 3)
+    assert wide.is_contiguous() and small.is_contiguous()
+    assert wide.data_ptr() == small.data_ptr() and wide.untyped_storage().nbytes() == 4 * 40
+    workspace.release()
+    workspace.release()
+    assert workspace.view(5, 8).shape == (5, 8)
+    workspace.release()
+    with pytest.raises(AssertionError):
+        workspace.view(1, 1)
