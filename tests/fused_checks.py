@@ -199,3 +199,21 @@ def check_accumulate(inputs: Inputs, I: int, members: list[tuple[int, int]], *, 
     transfer.Accumulate(shares).add(all_A, all_B, factor, offset)
     for share, expected in zip(shares, exact, strict=True):
         assert_rounded_once(share.total, expected, expected.abs() + 10.0)
+
+
+def check_drop(inputs: Inputs, T: int, F: int) -> None:
+    """As many as asked for are dropped, the others grow; the same seed and stream drop the same, others do not."""
+    x, wide = inputs.rows(T, F, seed=0) + 3.0, inputs.rows(T, F + 8, seed=1)
+    seed, out = torch.tensor([12345], device=inputs.device), wide[:, :F]
+    fused.drop(x, seed, 2, 0.25, out)
+    is_dropped = out == 0
+    assert abs(float(is_dropped.float().mean()) - 0.25) < 4 * (0.1875 / (T * F)) ** 0.5
+    torch.testing.assert_close(out[~is_dropped], (x.float() / 0.75).to(x.dtype)[~is_dropped], rtol=1e-2, atol=0)
+    again, other, later = (torch.empty_like(x) for _ in range(3))
+    fused.drop(x, seed, 2, 0.25, again)
+    fused.drop(x, seed, 3, 0.25, other)
+    fused.drop(x, seed + 1, 2, 0.25, later)
+    assert torch.equal(again, out)
+    for different in (other, later):
+        agreement = float(((different == 0) & is_dropped).float().mean())
+        assert abs(agreement - 0.0625) < 5 * (0.06 / (T * F)) ** 0.5

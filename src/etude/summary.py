@@ -193,14 +193,15 @@ def _kept_logits(trainer: Trainer, base: Any) -> Need | None:
     is_reduced = trainer.preprocess_logits_for_metrics is not None or args.batch_eval_metrics
     if trainer.compute_metrics is None or is_reduced or args.prediction_loss_only:
         return None
-    if not type(base).__name__.endswith("ForCausalLM"):
+    config: Any = getattr(base, "config", None)
+    if not type(base).__name__.endswith("ForCausalLM") or not hasattr(config, "get_text_config"):
         return None
     dataset = trainer.eval_dataset
     parts = [describe_data(part) for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
     tokens = [
         part.tokens / (part.counted_samples or part.samples or 1) * (part.samples or 0) for part in parts if part.tokens
     ]
-    needed = sum(tokens) * base.config.get_text_config().vocab_size * BYTES_OF_A_LOGIT
+    needed = sum(tokens) * config.get_text_config().vocab_size * BYTES_OF_A_LOGIT
     return Need(int(needed), free_memory_bytes()) if needed else None
 
 

@@ -396,10 +396,10 @@ class Trainer(
         )
 
     def _undo_swaps(self) -> None:
+        self.graphs = None  # first, as its memory may be needed to give the layers their weights back
         plan = getattr(self.path, "plan", None)
         if plan is not None:
             plan.undo()
-        self.graphs = None
 
     def _introduce(self, run: Run) -> None:
         """The few lines that say what will happen."""

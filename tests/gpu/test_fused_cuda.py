@@ -19,6 +19,7 @@ from fused_checks import (
     check_accumulate,
     check_add_product,
     check_copy_rows,
+    check_drop,
     check_gate,
     check_gather,
     check_rms_norm,
@@ -127,3 +128,8 @@ def test_a_graph_of_kernels_replays() -> None:
     replayed = product.clone()
     run()
     torch.testing.assert_close(replayed, product, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(("T", "F"), [(300, 4096), (7, 14336)])
+def test_drop(inputs: Inputs, T: int, F: int) -> None:
+    check_drop(inputs, T, F)

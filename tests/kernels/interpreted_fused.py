@@ -12,6 +12,7 @@ from fused_checks import (
     check_accumulate,
     check_add_product,
     check_copy_rows,
+    check_drop,
     check_gate,
     check_gather,
     check_rms_norm,
@@ -77,3 +78,8 @@ def test_gather(inputs: Inputs) -> None:
 )
 def test_accumulate(inputs: Inputs, I: int, members: list[tuple[int, int]], column_factor: bool) -> None:  # noqa: E741
     check_accumulate(inputs, I, members, column_factor=column_factor)
+
+
+@pytest.mark.parametrize(("T", "F"), [(3, 1500), (40, 130)])
+def test_drop(inputs: Inputs, T: int, F: int) -> None:
+    check_drop(inputs, T, F)

@@ -525,7 +525,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: with_lora(tiny_llama(), target_modules=["q_proj"], modules_to_save=["up_proj"]),
         "ModulesToSaveWrapper layers (up_proj)",
     ),
-    "LoRA dropout": (lambda: adapted("llama", lora_dropout=0.1), "LoRA dropout (q_proj)"),
     "DoRA": (lambda: adapted("llama", use_dora=True), "a variant of LoRA"),
     "LoRA with a bias": (lambda: adapted("llama, all biases", lora_bias=True), "LoRA with a bias (q_proj)"),
     "two active adapters": (two_adapters, "2 active adapters (q_proj)"),

@@ -32,7 +32,7 @@ from etude.observe.start_screen import (
 )
 from etude.summary import describe, describe_adapter, describe_data
 from short_run import short_trainer
-from tiny import DECODER, EOS, PAD, StreamDataset, causal_lora, language_rows, tiny_bert, tiny_llama, with_lora
+from tiny import DECODER, EOS, PAD, StreamDataset, V, causal_lora, language_rows, tiny_bert, tiny_llama, with_lora
 
 GOOD = RunSummary(
     model_name="maker/base-1b",
@@ -191,6 +191,22 @@ def test_names_cannot_steer_the_terminal() -> None:
 def test_warnings(changes: dict[str, Any], warning: str | None) -> None:
     found = problems(**changes)
     assert found == "" if warning is None else warning in found
+
+
+def test_logits_that_an_evaluation_keeps_are_counted() -> None:
+    def measure(prediction: Any) -> dict[str, float]:
+        return {"accuracy": 1.0}
+
+    def kept(**settings: Any) -> Need | None:
+        trainer = short_trainer(eval_rows=rows, num_train_epochs=1, **settings)
+        return describe(trainer, trainer._plan(trainer.get_train_dataloader())).kept_logits
+
+    rows = language_rows(10)
+    found = kept(compute_metrics=measure)
+    assert found is not None and found.needed_bytes == sum(len(row["input_ids"]) for row in rows) * V * 4
+    assert kept() is None
+    assert kept(compute_metrics=measure, preprocess_logits_for_metrics=lambda logits, labels: logits) is None
+    assert kept(compute_metrics=measure, batch_eval_metrics=True) is None
 
 
 def test_every_warning_has_a_fix() -> None:

@@ -16,16 +16,37 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from etude.kernels.projection import Projection, operations
+from etude.kernels.projection import Drop, Projection, operations
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (T, H, d), k and v (T, K, d) -> (T, H d)."""
+
+
+class Drops(NamedTuple):
+    """The dropout of each projection in one pass; None where nothing is dropped."""
+
+    qkv: Drop | None = None
+    output: Drop | None = None
+    gate_up: Drop | None = None
+    down: Drop | None = None
+
+
+NO_DROPS = Drops()
+
+
+class Passing(NamedTuple):
+    """What belongs to one pass through a layer, and is the same when the layer is run again in the backward pass."""
+
+    attend: Attend
+    drops: Drops
+    only_for_backward: bool = False
+    """Whether the output is known already."""
 
 
 @dataclass(frozen=True)
@@ -128,19 +149,27 @@ class Block:
         """The layer's output (T, D); `options` are for the attention function."""
         cos, sin = (embedding[0] for embedding in position_embeddings)
         attend = self._attention(options)
+        passing = Passing(attend, self._drops(h_TD.device))
         if self.recomputes and torch.is_grad_enabled():
             parameters = [p for projection in self.projections for p in projection.parameters]
-            result: Tensor = _Recomputed.apply(self, attend, h_TD, cos, sin, *parameters)  # type: ignore[no-untyped-call]
+            result: Tensor = _Recomputed.apply(self, passing, h_TD, cos, sin, *parameters)  # type: ignore[no-untyped-call]
             return result
-        return self._run(h_TD, cos, sin, attend, only_for_backward=False)
+        return self._run(h_TD, cos, sin, passing)
 
-    def _run(self, h_TD: Tensor, cos: Tensor, sin: Tensor, attend: Attend, *, only_for_backward: bool) -> Tensor:
-        query, key, value, h_TD = _AttentionInput.apply(self, h_TD, cos, sin, *self.qkv.parameters)  # type: ignore[no-untyped-call]
-        attended = attend(query, key, value)
-        middle_TD = _AttentionOutput.apply(self, attended, h_TD, *self.output.parameters)  # type: ignore[no-untyped-call]
+    def _run(self, h_TD: Tensor, cos: Tensor, sin: Tensor, passing: Passing) -> Tensor:
+        query, key, value, h_TD = _AttentionInput.apply(self, passing, h_TD, cos, sin, *self.qkv.parameters)  # type: ignore[no-untyped-call]
+        attended = passing.attend(query, key, value)
+        middle_TD = _AttentionOutput.apply(self, passing, attended, h_TD, *self.output.parameters)  # type: ignore[no-untyped-call]
         parameters = (*self.gate_up.parameters, *self.down.parameters)
-        output: Tensor = _Gated.apply(self, only_for_backward, middle_TD, *parameters)  # type: ignore[no-untyped-call]
+        output: Tensor = _Gated.apply(self, passing, middle_TD, *parameters)  # type: ignore[no-untyped-call]
         return output
+
+    def _drops(self, device: torch.device) -> Drops:
+        """What the adapters of each projection drop in the pass that begins."""
+        if not any(projection.drops() for projection in self.projections):
+            return NO_DROPS
+        seed = torch.randint(0, 2**31, (1,), device=device)
+        return Drops(*(Drop(seed, stream) if part.drops() else None for stream, part in enumerate(self.projections)))
 
     def _attention(self, options: dict[str, Any]) -> Attend:
         """The attention function that the model's config names now; a layer that is run again in the backward pass takes
@@ -181,12 +210,12 @@ class _AttentionInput(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, block: Block, h_TD: Tensor, cos: Tensor, sin: Tensor, *parameters: Tensor
+        ctx: Any, block: Block, passing: Passing, h_TD: Tensor, cos: Tensor, sin: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kernels, norm = operations(h_TD.device), block.input_norm
         with torch.autocast(h_TD.device.type, enabled=False):
             x, scale_T = block.qkv.norm_input(h_TD, norm.weight, norm.offset, norm.eps)
-            qkv, reduced = block.qkv.forward(x)
+            qkv, reduced = block.qkv.forward(x, drop=passing.drops.qkv)
             # Heads get tensors of their own: attention kernels give gradients in the layout of what they were given, and
             # one that is a part of wider rows would be copied.
             saved: list[Tensor | None] = [h_TD, scale_T, reduced, cos, sin]
@@ -196,7 +225,7 @@ class _AttentionInput(torch.autograd.Function):
             value, same_value = torch.empty_like(value, memory_format=torch.contiguous_format), value
             kernels.copy_rows(same_value.flatten(1), value.flatten(1))
             saved += [*saved_query, *saved_key]
-        ctx.block = block
+        ctx.block, ctx.drop = block, passing.drops.qkv
         ctx.save_for_backward(*saved)
         return query, key, value, h_TD
 
@@ -219,25 +248,27 @@ class _AttentionInput(torch.autograd.Function):
         kernels.copy_rows(_rows_of(value_grad).flatten(1), into_value.flatten(1))
         norm = block.input_norm
         h_grad = None
-        if ctx.needs_input_grad[1]:
-            x_grad, reduced_grad = block.qkv.backward(grad)
+        if ctx.needs_input_grad[2]:
+            x_grad, reduced_grad = block.qkv.backward(grad, ctx.drop)
             h_grad = kernels.rms_norm_backward(x_grad, h_TD, norm.weight, norm.offset, scale_T, residual_grad)
         else:
             reduced_grad = block.qkv.reduced_gradient(grad)
         scaled = (reduced_grad * scale_T[:, None]).to(grad.dtype)
-        gradients = block.qkv.adapter_gradients(grad, reduced, scaled, h_TD, norm.weight, norm.offset)
-        return None, h_grad, None, None, *gradients
+        gradients = block.qkv.adapter_gradients(grad, reduced, scaled, h_TD, norm.weight, norm.offset, ctx.drop)
+        return None, None, h_grad, None, None, *gradients
 
 
 class _AttentionOutput(torch.autograd.Function):
     """h + attended W_o^T."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, attended: Tensor, h_TD: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, block: Block, passing: Passing, attended: Tensor, h_TD: Tensor, *parameters: Tensor
+    ) -> Tensor:
         with torch.autocast(h_TD.device.type, enabled=False):
             attended = attended.to(block.output.dtype)
-            output, *saved = _with_residual(block.output, attended, h_TD, block.attention_norm)
-        ctx.block = block
+            output, *saved = _with_residual(block.output, attended, h_TD, block.attention_norm, passing.drops.output)
+        ctx.block, ctx.drop = block, passing.drops.output
         ctx.save_for_backward(attended, *saved)
         return output
 
@@ -247,24 +278,25 @@ class _AttentionOutput(torch.autograd.Function):
         block: Block = ctx.block
         attended, reduced, product, scale_T = ctx.saved_tensors
         product_grad = _undo_norm(grad, block.attention_norm, product, scale_T)
-        attended_grad, reduced_grad = block.output.backward(product_grad)
-        gradients = block.output.adapter_gradients(product_grad, reduced, reduced_grad, attended)
-        return None, attended_grad, grad, *gradients
+        attended_grad, reduced_grad = block.output.backward(product_grad, ctx.drop)
+        gradients = block.output.adapter_gradients(product_grad, reduced, reduced_grad, attended, drop=ctx.drop)
+        return None, None, attended_grad, grad, *gradients
 
 
 class _Gated(torch.autograd.Function):
     """m + (f(g) * u) W_down^T with [g, u] = norm(m) W_gate_up^T."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, only_for_backward: bool, middle_TD: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, block: Block, passing: Passing, middle_TD: Tensor, *parameters: Tensor) -> Tensor:
         with torch.autocast(middle_TD.device.type, enabled=False):
-            gates, scale_T, reduced = _gates(block, middle_TD)
+            drop = passing.drops.down
+            gates, scale_T, reduced = _gates(block, middle_TD, passing.drops.gate_up)
             x = block.down.gate_input(gates, block.activation)
-            if only_for_backward and block.down_norm is None:  # its output is known already
-                output, saved = torch.empty_like(middle_TD), [block.down.down(x), None, None]
+            if passing.only_for_backward and block.down_norm is None:
+                output, saved = torch.empty_like(middle_TD), [block.down.down(x, drop), None, None]
             else:
-                output, *saved = _with_residual(block.down, x, middle_TD, block.down_norm)
-        ctx.block = block
+                output, *saved = _with_residual(block.down, x, middle_TD, block.down_norm, drop)
+        ctx.block, ctx.drops = block, passing.drops
         ctx.save_for_backward(middle_TD, scale_T, reduced, gates if block.keeps_gates else None, *saved)
         return output
 
@@ -275,16 +307,20 @@ class _Gated(torch.autograd.Function):
         middle_TD, scale_T, reduced, gates, reduced_down, product, product_scale_T = ctx.saved_tensors
         kernels, norm = operations(grad.device), block.gated_norm
         if gates is None:
-            gates, _, _ = _gates(block, middle_TD)
+            gates, _, _ = _gates(block, middle_TD, ctx.drops.gate_up)
         down_grad = _undo_norm(grad, block.down_norm, product, product_scale_T)
-        gated_grad, reduced_down_grad = block.down.backward(down_grad)
+        gated_grad, reduced_down_grad = block.down.backward(down_grad, ctx.drops.down)
         gates_grad = torch.empty_like(gates)
         kernels.gate_backward(gated_grad, gates, block.activation, gates_grad, gated_grad)
         # From here on `gated_grad` holds f(g) * u, the input of the last projection.
-        of_down = block.down.adapter_gradients(down_grad, reduced_down, reduced_down_grad, gated_grad)
-        x_grad, reduced_grad = block.gate_up.backward(gates_grad)
+        of_down = block.down.adapter_gradients(
+            down_grad, reduced_down, reduced_down_grad, gated_grad, drop=ctx.drops.down
+        )
+        x_grad, reduced_grad = block.gate_up.backward(gates_grad, ctx.drops.gate_up)
         scaled = (reduced_grad * scale_T[:, None]).to(grad.dtype)
-        of_gates = block.gate_up.adapter_gradients(gates_grad, reduced, scaled, middle_TD, norm.weight, norm.offset)
+        of_gates = block.gate_up.adapter_gradients(
+            gates_grad, reduced, scaled, middle_TD, norm.weight, norm.offset, ctx.drops.gate_up
+        )
         middle_grad = kernels.rms_norm_backward(x_grad, middle_TD, norm.weight, norm.offset, scale_T, grad)
         return None, None, middle_grad, *of_gates, *of_down
 
@@ -294,11 +330,11 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, block: Block, attend: Attend, h_TD: Tensor, cos: Tensor, sin: Tensor, *parameters: Tensor
+        ctx: Any, block: Block, passing: Passing, h_TD: Tensor, cos: Tensor, sin: Tensor, *parameters: Tensor
     ) -> Tensor:
-        ctx.block, ctx.attend, ctx.needs_h = block, attend, h_TD.requires_grad
+        ctx.block, ctx.passing, ctx.needs_h = block, passing, h_TD.requires_grad
         ctx.save_for_backward(h_TD, cos, sin)
-        return block._run(h_TD, cos, sin, attend, only_for_backward=False)
+        return block._run(h_TD, cos, sin, passing)
 
     @staticmethod
     @once_differentiable
@@ -306,7 +342,7 @@ class _Recomputed(torch.autograd.Function):
         h_TD, cos, sin = ctx.saved_tensors
         with torch.enable_grad():
             h_TD = h_TD.detach().requires_grad_(ctx.needs_h)
-            output = ctx.block._run(h_TD, cos, sin, ctx.attend, only_for_backward=True)
+            output = ctx.block._run(h_TD, cos, sin, ctx.passing._replace(only_for_backward=True))
         torch.autograd.backward(output, grad)
         return None, None, h_TD.grad, None, None, *(None for _ in ctx.needs_input_grad[5:])
 
@@ -319,22 +355,22 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, norm: Norm | None) -> tupl
     return out, None if norm is None else heads, scale_TH
 
 
-def _gates(block: Block, middle_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gates(block: Block, middle_TD: Tensor, drop: Drop | None) -> tuple[Tensor, Tensor, Tensor]:
     """[g, u] (T, 2F), the scales of the norm (T) and norm(m) A^T (T, R)."""
     norm = block.gated_norm
     x, scale_T = block.gate_up.norm_input(middle_TD, norm.weight, norm.offset, norm.eps)
-    gates, reduced = block.gate_up.forward(x)
+    gates, reduced = block.gate_up.forward(x, drop=drop)
     return gates, scale_T, reduced
 
 
 def _with_residual(
-    projection: Projection, x: Any, residual: Tensor, norm: Norm | None
+    projection: Projection, x: Any, residual: Tensor, norm: Norm | None, drop: Drop | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """residual + [norm](x W^T), x A^T, and what undoing the norm needs."""
     if norm is None:
-        output, reduced = projection.forward(x, residual)
+        output, reduced = projection.forward(x, residual, drop)
         return output, reduced, None, None
-    product, reduced = projection.forward(x)
+    product, reduced = projection.forward(x, drop=drop)
     output = torch.empty_like(residual)
     scale_T = operations(product.device).rms_norm(product, norm.weight, norm.offset, norm.eps, output, residual)
     return output, reduced, product, scale_T

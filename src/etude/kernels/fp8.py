@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.kernels import reference
-from etude.kernels.projection import Adapter, Projection
+from etude.kernels.projection import Adapter, Drop, Projection
 
 FP8 = "fp8"
 LARGEST = 448.0
@@ -33,8 +33,11 @@ SMALLEST_ROW = 1e-30
 MULTIPLE = 16
 """Sizes of the products are multiples of 16, as the hardware's are."""
 
-ROUNDING = 0.1
-"""Largest difference of a layer from the one in bfloat16, of output and gradients, relative to their norm."""
+ROUNDING = 0.15
+"""Largest difference of a layer from the one in bfloat16, of output and gradients, relative to their norm.
+
+Three bits of mantissa round a number by 2.6% in the root mean square, two operands by 3.7%, and a gradient comes through
+up to eight products in a row: 10%, half as much again where few large numbers carry the norm."""
 
 
 class Quantised(NamedTuple):
@@ -148,8 +151,8 @@ class Fp8Projection(Projection):
         wide = self.input_buffer(gate_up.shape[0])
         return Input(wide, operations(gate_up.device).gate_quantised(gate_up, activation, wide))
 
-    def down(self, x: Any) -> Tensor:
-        return super().down(x.wide if isinstance(x, Input) else x)
+    def down(self, x: Any, drop: Drop | None = None) -> Tensor:
+        return super().down(x.wide if isinstance(x, Input) else x, drop)
 
     def _product(self, x: Any, residual: Tensor | None) -> Tensor:
         quantised = x.quantised if isinstance(x, Input) else operations(x.device).quantise_rows(x)

@@ -127,6 +127,15 @@ def gate_backward(grad_TF: Tensor, gate_up_T2F: Tensor, activation: str, out_T2F
     )
 
 
+def drop(x_TI: Tensor, seed: Tensor, stream: int, share: float, out_TI: Tensor) -> None:
+    """`reference.drop`, with Philox as its source of randomness: other elements, as many."""
+    T, columns = x_TI.shape
+    strides = (x_TI.stride(0), out_TI.stride(0))
+    _drop[(T * triton.cdiv(columns, GATE_COLUMNS),)](
+        x_TI, out_TI, seed, stream, *strides, share, columns, GATE_COLUMNS, num_warps=GATE_WARPS
+    )
+
+
 def add_product(out_TI: Tensor, left_TR: Tensor, right_RI: Tensor) -> None:
     """`reference.add_product`, also for rows that are further apart than wide, which `addmm_` would copy there and back."""
     T, columns = out_TI.shape
@@ -328,6 +337,28 @@ def _rotate_backward(
 def _factor(weight: tl.tensor, columns: tl.tensor, offset: float, within: tl.tensor) -> tl.tensor:
     """offset + weight, for all heads."""
     return (offset + tl.load(weight + columns, mask=within, other=0.0).to(tl.float32))[None, :]
+
+
+@triton.jit
+def _drop(
+    x: tl.tensor,
+    out: tl.tensor,
+    seed: tl.tensor,
+    stream: int,
+    x_stride: int,
+    out_stride: int,
+    share: float,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    blocks = tl.cdiv(WIDTH, COLUMNS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < WIDTH
+    value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    is_kept = tl.rand(tl.load(seed) * 64 + stream, (row * WIDTH + columns).to(tl.int32)) >= share
+    value = tl.where(is_kept, value / (1.0 - share), 0.0)
+    tl.store(out + row * out_stride + columns, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

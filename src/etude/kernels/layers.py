@@ -138,11 +138,12 @@ def lora_parts(module: Any) -> tuple[nn.Linear, Adapter | None] | str:
         return "a trainable weight"
     if module.lora_B[name].bias is not None:
         return "LoRA with a bias"
-    if getattr(module.lora_dropout[name], "p", 0.0) > 0.0:
-        return "LoRA dropout"
+    dropout = module.lora_dropout[name]
+    if not isinstance(dropout, (nn.Dropout, nn.Identity)):
+        return f"{type(dropout).__name__} before LoRA"
     if module.disable_adapters:
         return "adapters are disabled"
-    return base, Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+    return base, Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], dropout)
 
 
 def _weight_obstacle(linears: list[nn.Linear], dtype: torch.dtype, base_precision: str | None) -> str | None:

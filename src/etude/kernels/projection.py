@@ -31,6 +31,35 @@ class Adapter:
     A: nn.Parameter
     B: nn.Parameter
     scaling: float
+    dropout: nn.Module | None = None
+    """What drops elements of x before A sees them, while it trains."""
+
+    @property
+    def share_dropped(self) -> float:
+        """The share of x's elements that A does not see at this moment."""
+        return float(getattr(self.dropout, "p", 0.0)) if self.dropout is not None and self.dropout.training else 0.0
+
+
+class Drop(NamedTuple):
+    """The dropout of one forward pass of a layer: what is dropped is a function of seed and place, so that the backward
+    pass drops the same without keeping a mask."""
+
+    seed: Tensor
+    """(1), int64, on the device."""
+    stream: int = 0
+    """Which of the layer's projections."""
+
+    def rows(self, x: Tensor, member: int, share: float) -> Tensor:
+        """x without a share of its elements, the others divided by 1 - share; x itself where nothing is dropped."""
+        if share == 0.0:
+            return x
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        operations(x.device).drop(x, self.seed, STREAMS * self.stream + member, share, out)
+        return out
+
+
+STREAMS = 8
+"""More than the layers of one projection."""
 
 
 @dataclass(frozen=True)
@@ -203,9 +232,18 @@ class Projection:
                 buffer[:, used] = 1.0
         return buffer
 
-    def down(self, buffer: Tensor) -> Tensor:
+    def drops(self) -> bool:
+        """Whether adapters drop elements of their input at this moment."""
+        return any(member.adapter is not None and member.adapter.share_dropped > 0.0 for member in self.members)
+
+    def down(self, buffer: Tensor, drop: Drop | None = None) -> Tensor:
         """x A^T (T, R); a copy goes into the buffer where it has room for it."""
-        reduced = torch.mm(buffer[:, : self.in_features], self.A.t())
+        x = buffer[:, : self.in_features]
+        if drop is None:
+            reduced = torch.mm(x, self.A.t())
+        else:
+            parts = [torch.mm(drop.rows(x, *place), self.A[ranks].t()) for place, ranks in self._places()]
+            reduced = torch.cat(parts, dim=1)
         if self.extends_input and self.rank:
             operations(buffer.device).copy_rows(reduced, buffer[:, self.in_features : self.in_features + self.rank])
         return reduced
@@ -221,9 +259,9 @@ class Projection:
         operations(gate_up.device).gate(gate_up, activation, buffer[:, : self.in_features])
         return buffer
 
-    def forward(self, x: Any, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Any, residual: Tensor | None = None, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
         """[residual +] y (T, O), and x A^T (T, R) for the backward pass."""
-        reduced = self.down(x)
+        reduced = self.down(x, drop)
         y = self._product(x, residual)
         if not self.extends_input:
             if self.rank:
@@ -232,9 +270,9 @@ class Projection:
                 y.add_(self.bias)
         return y, reduced
 
-    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, grad: Tensor, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
         """The gradients of x (T, I) and of x A^T (T, R); `grad` is that of y."""
-        if self.extends_gradient:
+        if self.extends_gradient and drop is None:
             grad_reduced = torch.mm(grad, self.B)
             return self._extended_product_gradient(grad, grad_reduced), grad_reduced
         product = self._product_gradient(grad)
@@ -243,7 +281,10 @@ class Projection:
             grad_reduced = product[:, self.in_features : self.in_features + self.rank]
         else:
             grad_reduced = torch.mm(grad, self.B)
-        if self.rank:
+        if drop is not None:
+            for place, ranks in self._places():
+                grad_x += drop.rows(torch.mm(grad_reduced[:, ranks], self.A[ranks]), *place)
+        elif self.rank:
             operations(grad.device).add_product(grad_x, grad_reduced, self.A)
         return grad_x, grad_reduced
 
@@ -277,6 +318,7 @@ class Projection:
         x: Tensor,
         column_factor: Tensor | None = None,
         offset: float = 0.0,
+        drop: Drop | None = None,
     ) -> list[Tensor | None]:
         """Gradients of A and B of every adapter, in the order of `parameters`; None where they were added to `p.grad`.
 
@@ -285,7 +327,13 @@ class Projection:
         """
         if not self.rank:
             return []
-        all_A, all_B = torch.mm(grad_reduced.t(), x), torch.mm(grad.t(), reduced)
+        all_B = torch.mm(grad.t(), reduced)
+        if drop is None:
+            all_A = torch.mm(grad_reduced.t(), x)
+        else:
+            all_A = torch.cat(
+                [torch.mm(grad_reduced[:, ranks].t(), drop.rows(x, *place)) for place, ranks in self._places()]
+            )
         if self._accumulate is not None and not self.has_hooks():
             self._accumulate.add(all_A, all_B, column_factor, offset)
             return [None] * len(self.parameters)
@@ -299,6 +347,14 @@ class Projection:
                 block = all_B[member.outputs, member.ranks].to(B.dtype)
                 gradients.append(block if scaling == 1.0 else block * scaling)
         return gradients
+
+    def _places(self) -> list[tuple[tuple[int, float], slice]]:
+        """((number, share dropped), ranks) of every member with an adapter."""
+        return [
+            ((number, member.adapter.share_dropped), member.ranks)
+            for number, member in enumerate(self.members)
+            if member.adapter is not None
+        ]
 
     def has_hooks(self) -> bool:
         """Whether somebody wants to be called with the gradients of the adapters."""

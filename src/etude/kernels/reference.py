@@ -101,6 +101,14 @@ def gate_backward(grad_TF: Tensor, gate_up_T2F: Tensor, activation: str, out_T2F
     product_TF.copy_(activated * up_TF)
 
 
+def drop(x_TI: Tensor, seed: Tensor, stream: int, share: float, out_TI: Tensor) -> None:
+    """out = x with a share of its elements zero and the others divided by 1 - share: which, is a function of seed, stream
+    and place. Source: Srivastava et al., JMLR 15 (2014)."""
+    generator = torch.Generator().manual_seed((int(seed) << 6) + stream)
+    is_kept = torch.rand(x_TI.shape, generator=generator) >= share
+    out_TI.copy_(_wide(x_TI) * is_kept.to(x_TI.device) / (1.0 - share))
+
+
 def add_product(out_TI: Tensor, left_TR: Tensor, right_RI: Tensor) -> None:
     """out += left right, of a rank so low that reading and writing `out` is what takes time."""
     out_TI.addmm_(left_TR, right_RI)

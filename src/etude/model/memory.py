@@ -26,7 +26,7 @@ EFFICIENT_TOKENS = 2048
 """With fewer rows the matrix products of a GPU lose more than making a layer's activations again costs."""
 
 CANDIDATE_TOKENS = (GPU_TOKENS, 12288, 8192, 6144, 4096, 3072, EFFICIENT_TOKENS)
-SHARE_FOR_LAYERS = 0.93
+SHARE_FOR_LAYERS = 0.8
 """Of the memory that is free; the rest is for what is not counted and for gaps between blocks."""
 
 
