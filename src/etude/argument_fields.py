@@ -394,7 +394,7 @@ class ArgumentFields:
     base_precision: str | None = field(
         default=None,
         metadata=_help(
-            "'fp8' multiplies the frozen weights of the decoder layers in 8-bit floating point, faster and coarser; "
+            "'fp8' multiplies the frozen weights of the decoder layers in 8-bit floating point, coarser than in bfloat16; "
             "if not given, in the type the run trains in.",
             choices=["fp8"],
         ),
