@@ -21,6 +21,9 @@ from etude.model.graphs import GraphedLoss, graph_obstacle, launch_bound_tokens
 from etude.model.memory import HeadBytes, LayerBytes, MemoryPlan, TokenBudget, free_memory, plan_memory
 from etude.model.packing import PackedBatch
 
+OUR_LAYERS, AS_RECORDED = "etude", "the checkpoint was made with the model's own layers"
+"""A run goes on with the layers it began with: they draw their dropout in another way, and round in another place."""
+
 OUTSIDE_BYTES_PER_WIDTH = 16
 """Per token and unit of the hidden size, outside the layers: embeddings, last norm, labelled rows and their gradient."""
 
@@ -67,9 +70,12 @@ class ForwardHooks(Composition):
             sample_inputs=dict(on_device) if isinstance(on_device, Mapping) else {},
             training_dtype=self.precision.autocast_dtype,
             base_precision=self.args.base_precision,
+            why_no_block=AS_RECORDED if recorded and recorded.get("layers") != OUR_LAYERS else None,
         )
         self.cutter = self._build_cutter(recorded, on_device)
         self.cut |= {"path": self.path.name, **self.cutter.record()}
+        if self.path.name == "packed" and self.path.plan.blocks:
+            self.cut["layers"] = OUR_LAYERS
         self.notices.say(f"{self.path.name} path: {'; '.join(self.path.reasons)}")
         for name, was in recorded.items():
             if self.cut.get(name) != was:

@@ -169,19 +169,20 @@ def choose_path(
     sample_inputs: dict[str, Any],
     training_dtype: torch.dtype | None,
     base_precision: str | None = None,
+    why_no_block: str | None = None,
 ) -> GeneralPath | PackedPath:
     """Decide on the first real batch, once.
 
     `overridden` names the methods of the trainer that a subclass replaced and that see batches or losses;
     `training_dtype` is the type autocast computes in, None or float32 where the model computes in its own types;
-    `base_precision` what frozen products are computed in. Random number generators and the model's train/eval flags are
+    `base_precision` what frozen products are computed in, `why_no_block` keeps the decoder layers' own forward. Random number generators and the model's train/eval flags are
     left as they were.
 
     Raises:
         ConfigError: a `base_precision` that this device or this model cannot be trained in.
     """
     if base_precision is None:
-        return _first_admitted(model, fast_path, overridden, sample_inputs, training_dtype)
+        return _first_admitted(model, fast_path, overridden, sample_inputs, training_dtype, None, why_no_block)
     if (reason := device_obstacle(next(model.parameters()).device)) is not None:
         raise ConfigError(f"{reason}; leave it out to train as usual", field="base_precision")
     # First as strictly as without: what is wrong for another reason must not pass as rounding.
@@ -208,6 +209,7 @@ def _first_admitted(
     sample_inputs: dict[str, Any],
     training_dtype: torch.dtype | None,
     base_precision: str | None = None,
+    why_no_block: str | None = None,
 ) -> GeneralPath | PackedPath:
     if not fast_path:
         return GeneralPath(("the fast path is turned off (fast_path=False)",))
@@ -220,7 +222,9 @@ def _first_admitted(
     embedding = causal_model(model).get_input_embeddings().weight
     dtype = training_dtype if training_dtype in HALF_PRECISION else embedding.dtype
     for kernel in kernels_for(embedding.device, dtype):
-        plan = plan_kernels(model, decoder_of(causal_model(model)), dtype, base_precision=base_precision)
+        plan = plan_kernels(
+            model, decoder_of(causal_model(model)), dtype, base_precision=base_precision, why_no_block=why_no_block
+        )
         while True:
             try:
                 return probed_path(model, sample_inputs, kernel=kernel, training_dtype=training_dtype, plan=plan)
