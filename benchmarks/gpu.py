@@ -1,271 +1,208 @@
 """etude beside the installed peers on one GPU: tokens per second, peak memory, loss, for one work after another.
 
-    python -m benchmarks.gpu --work llama-1b-8x1024 llama-1b-ragged --contender etude transformers --rounds 2
+    python -m benchmarks.gpu --work llama-1b-8x1024 llama-1b-ragged --contender etude transformers --rounds 2 --output gpu
 
-Contenders take turns (A B A B ...) on the same rows and the same initial weights. The first steps are left out. The
-share of the ceiling is of the bf16 matrix products a step cannot do without, at the rate this card reaches now.
+Contenders take turns (A B A B ...), each in a process of its own, on the same rows and the same initial weights. The
+first steps are left out. The share of the ceiling is of the bf16 matrix products a step cannot do without, at the rate
+this card reaches now. `--output gpu` writes gpu.json and gpu.md anew whenever a work is done.
 """
 
 from __future__ import annotations
 
 import argparse
-import cProfile
-import gc
+import importlib.util
 import json
+import os
 import platform
-import pstats
+import shlex
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.contenders import PEER_ENVIRONMENT, contender_of
+from benchmarks.shapes import MEASURED, WORKS
+from benchmarks.table import markdown
 
-from benchmarks.shapes import WORKS, Work, collate, rows_of
-
-CONTENDERS = (
-    "etude",
-    "etude-eager",
-    "etude-nographs",
-    "etude-graphs",
-    "etude-general",
-    "etude-fp8",
-    "etude-nf4",
-    "transformers",
-    "transformers-gc",
-    "transformers-nf4",
-    "liger",
-)
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "trl", "datasets", "unsloth")
+SECONDS_BETWEEN_LOOKS = 0.2
 
 
-PEER_WARMUP, PEER_STEPS = 4, 8
-"""The peers have nothing to warm up but the allocator."""
+def contender_name(spelling: str) -> str:
+    try:
+        contender_of(spelling)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return spelling
 
 
-class Clock:
-    """A callback that times the steps after the warm-up, on a synchronised device."""
-
-    def __init__(self, warmup: int, steps: int) -> None:
-        self.last = warmup + steps
-        self.warmup, self.started, self.stopped, self.first_step = warmup, 0.0, 0.0, 0.0
-        self.built = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in (1, self.warmup, self.last):
-            torch.cuda.synchronize()
-            now = time.perf_counter()
-            if state.global_step == 1:
-                self.first_step = now - self.built
-            if state.global_step == self.warmup:
-                self.started = now
-            self.stopped = now
-
-
-class Profile:
-    """A callback that profiles the steps after the timed ones and prints where the GPU's and Python's time goes."""
-
-    def __init__(self, first_step: int, name: str) -> None:
-        self.first_step, self.name = first_step, name
-        self.python = cProfile.Profile()
-        self.profiler = torch.profiler.profile(activities=list(torch.profiler.supported_activities()))
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.first_step:
-            torch.cuda.synchronize()
-            self.profiler.start()
-            self.python.enable()
-            self.started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == state.max_steps:
-            torch.cuda.synchronize()
-            seconds, steps = time.perf_counter() - self.started, state.max_steps - self.first_step
-            self.python.disable()
-            self.profiler.stop()
-            kernels = [e for e in self.profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-            total = sum(e.self_device_time_total for e in kernels)
-            print(
-                f"-- {self.name}: {1000 * seconds / steps:.2f} ms a step, GPU busy {total / 1000 / steps:.2f} ms, {sum(e.count for e in kernels) // steps} kernels"
-            )
-            for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:PROFILE_LINES]:
-                print(f"   {e.self_device_time_total / 1000 / steps:8.3f} ms {e.count // steps:5} x {e.key[:110]}")
-            pstats.Stats(self.python).sort_stats("tottime").print_stats(PROFILE_LINES)
-
-
-PROFILE_STEPS, PROFILE_LINES = 3, 28
-
-
-def build_model(work: Work, r: int, liger: bool = False, nf4: bool = False) -> Any:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(work.config(), dtype=torch.bfloat16)
-    if liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(model=model)
-    if nf4:
-        quantise(model)
-    return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", task_type="CAUSAL_LM"))
-
-
-def quantise(model: Any) -> None:
-    """Replace the linear layers, but the head, by NF4 ones with nested scales, one after the other."""
-    import bitsandbytes
-
-    options = {"quant_type": "nf4", "compress_statistics": True}
-    for path, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear and module is not model.get_output_embeddings():
-            sizes = (module.in_features, module.out_features, module.bias is not None)
-            made = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.bfloat16, device="meta", **options)
-            weight = module.weight.data.cpu()  # it is quantised on its way to the GPU
-            made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options).to("cuda")
-            made.bias = module.bias
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, made)
-            module.weight = None
-    model.is_loaded_in_4bit = True
-
-
-def run_once(name: str, work: Work, rows: list[Any], args: argparse.Namespace) -> dict[str, Any]:
-    gc.collect()
-    torch.cuda.empty_cache()
-    from transformers import TrainerCallback
-
-    model = build_model(work, args.r, liger=name == "liger", nf4=name.endswith("-nf4"))
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()  # of training, not of a model that is made in full and then quantised
-    warmup, steps = (args.warmup, args.steps) if name.startswith("etude") else (PEER_WARMUP, PEER_STEPS)
-    settings: dict[str, Any] = {
-        "output_dir": "/tmp/etude-benchmark",
-        "per_device_train_batch_size": work.samples,
-        "max_steps": warmup + steps + (PROFILE_STEPS if args.profile else 0),
-        "learning_rate": 1e-4,
-        "bf16": True,
-        "logging_steps": warmup + steps,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "train_sampling_strategy": "sequential",
-        "gradient_checkpointing": name.endswith("-gc"),
-    }
-    clock_type = type("ClockCallback", (Clock, TrainerCallback), {})
-    callbacks = [clock := clock_type(warmup, steps)]
-    if args.profile:
-        callbacks.append(type("ProfileCallback", (Profile, TrainerCallback), {})(warmup + steps, name))
-    if name.startswith("etude"):
-        from etude import Trainer, TrainingArguments
-
-        settings["fast_path"] = name != "etude-general"
-        settings["base_precision"] = "fp8" if name == "etude-fp8" else None
-        settings["torch_compile"] = name in ("etude", "etude-nographs")
-        if name in ("etude-eager", "etude-nographs"):
-            settings["cuda_graphs"] = False
-        if args.deterministic:
-            settings["deterministic"] = True
-        settings["gpu_memory_limit_gib"] = args.limit_gib
-    else:
-        from transformers import Trainer, TrainingArguments
-    trainer = Trainer(
-        model=model, args=TrainingArguments(**settings), train_dataset=rows, data_collator=collate, callbacks=callbacks
-    )
-    output = trainer.train()
-    tokens = sum(len(row["input_ids"]) for row in rows[work.samples * warmup : work.samples * (warmup + steps)])
-    seconds = clock.stopped - clock.started
-    result = {
-        "contender": name,
-        "tokens_per_second": tokens / seconds,
-        "milliseconds_per_step": 1000 * seconds / steps,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "seconds_to_first_step": clock.first_step,
-        "loss": output.training_loss,
-    }
-    del trainer, model
-    return result
-
-
-def gemm_rate() -> float:
-    """bf16 FLOP/s of an 8192^3 product on this card, now."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(10):
-        a @ b
-    torch.cuda.synchronize()
-    return 10 * 2 * 8192**3 / (time.perf_counter() - started)
-
-
-def ceiling(work: Work, rate: float) -> float:
-    """Tokens per second if only the frozen matrix products were done: 4 FLOP per weight and token."""
-    config = work.config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.hidden_size * head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    per_layer = attention + 3 * config.hidden_size * config.intermediate_size
-    return rate / (4 * (config.num_hidden_layers * per_layer + config.hidden_size * config.vocab_size))
-
-
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", nargs="+", default=list(WORKS), choices=list(WORKS))
-    parser.add_argument("--contender", nargs="+", default=["etude", "transformers"], choices=CONTENDERS)
+    parser.add_argument("--work", nargs="+", default=list(MEASURED), choices=list(WORKS))
+    parser.add_argument(
+        "--contender", nargs="+", default=["etude", "transformers"], type=contender_name,
+        help="names in benchmarks/contenders.py; etude@20 is told to stay within 20 GiB",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=None, help="timed steps (the work's own; of the peers 8 at most)")
+    parser.add_argument("--warmup", type=int, default=None, help="steps before those (of the peers 4 at most)")
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--deterministic", action="store_true", help="every etude with deterministic=True")
     parser.add_argument("--limit-gib", type=float, default=None, help="GPU memory that etude is told to stay within")
     parser.add_argument("--profile", action="store_true", help="print where the GPU's time goes, in steps of their own")
-    parser.add_argument("--json", type=Path, default=None)
-    args = parser.parse_args()
-    rate = gemm_rate()
-    report: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "gemm_tflops": rate / 1e12,
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
-        "settings": {key: value for key, value in vars(args).items() if key != "json"},
-        "results": {},
+    parser.add_argument("--check", action="store_true", help="compare etude's gradients with stock peft's, in round 1")
+    parser.add_argument("--together", action="store_true", help="all works of a contender in one process: fewer starts")
+    parser.add_argument("--budget-seconds", type=float, default=None, help="nothing is started after so long")
+    parser.add_argument("--work-seconds", type=float, default=240, help="a process may take so long for a work")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try out the benchmark")
+    parser.add_argument("--output", type=Path, default=None, help="writes OUTPUT.json and OUTPUT.md")
+    return parser.parse_args(words)
+
+
+def processes_of(args: argparse.Namespace, contenders: list[str]) -> list[dict[str, Any]]:
+    """What each process is asked for, in the order in which they run."""
+    groups = [args.work] if args.together else [[work] for work in args.work]
+    common = {
+        name: getattr(args, name)
+        for name in ("steps", "warmup", "r", "deterministic", "limit_gib", "profile", "device")
     }
-    lines = []
-    for name in args.work:
-        work = WORKS[name]
-        rows = rows_of(
-            work, max(args.warmup + args.steps, PEER_WARMUP + PEER_STEPS) + PROFILE_STEPS, work.config().vocab_size
-        )
-        runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in args.contender}
-        for _ in range(args.rounds):
-            for contender in args.contender:
-                try:
-                    runs[contender].append(run_once(contender, work, rows, args))
-                except (torch.OutOfMemoryError, ImportError, RuntimeError) as error:
-                    runs[contender].append({"contender": contender, "error": f"{type(error).__name__}: {error}"[:300]})
-        report["results"][name] = runs
-        for contender, results in runs.items():
-            good = [result for result in results if "error" not in result]
-            if not good:
-                lines.append(f"{name:20} {contender:16} {results[0]['error'][:90]}")
-                continue
-            speed = statistics.median(result["tokens_per_second"] for result in good)
-            share = speed / ceiling(work, rate)
-            peak = max(result["peak_gib"] for result in good)
-            first = good[0]["seconds_to_first_step"]
-            lines.append(
-                f"{name:20} {contender:16} {speed:10,.0f} tok/s  {share:5.0%} of ceiling  {peak:6.1f} GiB  "
-                f"first step {first:5.1f} s  loss {good[-1]['loss']:.5f}"
+    return [
+        common | {"contender": contender, "works": works, "round": i + 1, "check": args.check and i == 0}
+        for i in range(args.rounds)
+        for works in groups
+        for contender in contenders
+    ]
+
+
+def is_installed(spelling: str) -> bool:
+    return all(importlib.util.find_spec(module) for module in contender_of(spelling)[0].needs)
+
+
+def versions() -> dict[str, str]:
+    from etude import __version__
+
+    found = {"etude": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Report:
+    """What is known so far, and its files."""
+
+    def __init__(self, args: argparse.Namespace, command: str, not_installed: list[str]) -> None:
+        self.output, self.rates = args.output, list[float]()
+        self.content: dict[str, Any] = {
+            "date": date.today().isoformat(),
+            "device": None,
+            "gemm_tflops": None,
+            "python": platform.python_version(),
+            "versions": versions(),
+            "command": command,
+            "settings": {name: value for name, value in vars(args).items() if name != "output"},
+            "not_installed": not_installed,
+            "left_out": [],
+            "results": {},
+        }
+
+    def add(self, result: dict[str, Any]) -> None:
+        if result.get("gemm_flops"):
+            self.rates.append(result["gemm_flops"])
+            self.content["gemm_tflops"] = statistics.median(self.rates) / 1e12
+        self.content["device"] = result.get("device") or self.content["device"]
+        runs = self.content["results"].setdefault(result["work"], {})
+        runs.setdefault(result["contender"], []).append(result)
+        if "error" in result:
+            outcome = result["error"]
+        else:
+            outcome = (
+                f"{result['tokens_per_second']:10,.0f} tok/s  {result['peak_gib']:6.1f} GiB  first step "
+                f"{result['seconds_to_first_step']:5.1f} s  full speed {result['seconds_to_full_speed']:5.1f} s  "
+                f"loss {result['loss']:.5f}"
             )
-            print(lines[-1], flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1, default=str))
-    print(f"\n{report['device']}, {report['date']}, GEMM {rate / 1e12:.0f} TFLOP/s, {report['versions']}")
-    print("\n".join(lines))
+        print(f"{result['work']:20} {result['contender']:20} {outcome}", flush=True)
+        self.write()
+
+    def leave_out(self, asked: dict[str, Any], works: list[str]) -> None:
+        self.content["left_out"] += [f"{asked['contender']} on {work} (round {asked['round']})" for work in works]
+        self.write()
+
+    def write(self) -> None:
+        if self.output is None:
+            return
+        stem = str(self.output).removesuffix(".json").removesuffix(".md")
+        Path(stem).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{stem}.json").write_text(json.dumps(self.content, indent=1) + "\n")
+        Path(f"{stem}.md").write_text(markdown(self.content))
+
+
+def run_process(asked: dict[str, Any], stop_at: float | None, work_seconds: float, report: Report) -> None:
+    """Run one process to its end and take over each result as soon as it is there."""
+    with tempfile.TemporaryDirectory(prefix="etude-benchmark-") as folder:
+        lines, log = Path(folder) / "lines", Path(folder) / "log"
+        lines.touch()
+        words = json.dumps(asked | {"lines": str(lines), "stop_at": stop_at})
+        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | PEER_ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}
+        environment["UNSLOTH_COMPILE_LOCATION"] = str(Path(folder) / "unsloth")
+        done = 0
+        with log.open("w") as output:
+            command = [sys.executable, "-m", "benchmarks.timed_run", words]
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            limit = time.monotonic() + work_seconds * len(asked["works"])
+            try:
+                while True:
+                    is_over = process.poll() is not None
+                    complete = [line for line in lines.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                    for line in complete[done:]:
+                        report.add(json.loads(line) | {"round": asked["round"]})
+                    done = len(complete)
+                    if is_over or time.monotonic() > limit:
+                        break
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        said = log.read_text(errors="replace")
+        if asked["profile"]:
+            print(said)
+        missing = asked["works"][done:]
+        if not missing:
+            return
+        if process.returncode == 0:  # it stopped between two works because time was up
+            report.leave_out(asked, missing)
+            return
+        print(said[-3000:], flush=True)
+        is_late = time.monotonic() > limit
+        error = f"took more than {work_seconds:.0f} s" if is_late else f"the process ended with {process.returncode}"
+        report.add({"work": missing[0], "contender": asked["contender"], "round": asked["round"], "error": error})
+        report.leave_out(asked, missing[1:])
+
+
+def main(words: list[str] | None = None) -> None:
+    args = parse(words)
+    started = time.time()
+    stop_at = None if args.budget_seconds is None else started + args.budget_seconds
+    missing = [name for name in args.contender if not is_installed(name)]
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if words is None else words)])
+    report = Report(args, command, missing)
+    for asked in processes_of(args, [name for name in args.contender if name not in missing]):
+        if stop_at is not None and time.time() > stop_at:
+            report.leave_out(asked, asked["works"])
+        else:
+            run_process(asked, stop_at, args.work_seconds, report)
+    report.write()
+    print("\n" + markdown(report.content))
 
 
 if __name__ == "__main__":

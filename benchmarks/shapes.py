@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,14 +35,27 @@ def qwen3_06b() -> Any:
     )  # fmt: skip
 
 
+def tiny() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Work:
-    """A model shape and the samples of one step."""
+    """A model shape, the samples of one step, and how many steps etude is given before and while it is timed."""
 
     config: Any
     samples: int
     length: int
     ragged: bool = False
+    warmup: int = 6
+    steps: int = 8
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """Arguments of LoraConfig beside the rank and the linear layers."""
 
 
 WORKS = {
@@ -50,9 +63,12 @@ WORKS = {
     "llama-8b-4x1024": Work(llama_8b, 4, 1024),
     "llama-1b-8x1024": Work(llama_1b, 8, 1024),
     "qwen3-0.6b-8x1024": Work(qwen3_06b, 8, 1024),
-    "qwen3-0.6b-1x512": Work(qwen3_06b, 1, 512),
-    "llama-1b-ragged": Work(llama_1b, 8, 2048, ragged=True),
+    "qwen3-0.6b-1x512": Work(qwen3_06b, 1, 512, warmup=60, steps=40),
+    "llama-1b-ragged": Work(llama_1b, 8, 2048, ragged=True, warmup=110, steps=40),
+    "tiny": Work(tiny, 2, 256, ragged=True, warmup=2, steps=3),  # shows on a CPU that the benchmark works
 }
+
+MEASURED = tuple(name for name in WORKS if name != "tiny")
 
 
 def rows_of(work: Work, steps: int, vocab_size: int, seed: int = 0) -> list[dict[str, list[int]]]:

@@ -23,6 +23,14 @@ def empty_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep tokens of a test where no other test, and no run of the user's, finds them."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("ETUDE_CACHE", str(cache))
+    return cache
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """peft asks transformers for an attribute that transformers has renamed; neither end is ours."""
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

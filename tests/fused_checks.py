@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etude.kernels import fused, reference, transfer
+from etude.kernels import fused, fused_gate, reference, transfer
 
 NOISE = 4e-6
 """Of float32 arithmetic, relative to the largest term: sums of a row, exponentials of numbers up to 30."""
@@ -128,6 +128,75 @@ def check_gate(inputs: Inputs, T: int, F: int, *, activation: str, in_place: boo
     fused.gate_backward(grad, gate_up, activation, gradients, product)
     assert_rounded_once(gradients, exact_gradients, sizes)
     assert_rounded_once(product, exact_product, exact_product.abs() + VANISHED)
+
+
+def check_gate_updated(
+    inputs: Inputs,
+    T: int,
+    F: int,
+    ranks: tuple[int, int],
+    next_rank: int,
+    *,
+    activation: str,
+    in_place: bool,
+    is_updated: bool = False,
+) -> None:
+    """Forward and backward, with LoRA around the gates: either half, both, or neither, and with or without what follows."""
+    gate_up, grad = inputs.rows(T, 2 * F, seed=0), inputs.rows(T, F, seed=1)
+    R = sum(ranks)
+    B = inputs.rows(2 * F, R, seed=3)
+    B[:F, ranks[0] :] = 0
+    B[F:, : ranks[0]] = 0
+    update = reference.Update(inputs.rows(T, R, seed=2), B, ranks)
+    reduction = (
+        reference.Reduction(inputs.rows(T, next_rank, seed=4), inputs.rows(next_rank, F, seed=5)) if next_rank else None
+    )
+    A = None if reduction is None else reduction.A
+    exact_update = reference.Update(update.reduced.double(), B.double(), ranks)
+    exact = torch.empty(T, F, dtype=torch.float64, device=grad.device)
+    if is_updated:  # the gates hold their update
+        update, exact_update = update._replace(B=None), exact_update._replace(B=None)
+    reference.gate_updated(gate_up.double(), exact_update, activation, exact)
+    sizes = gate_up.double().abs()
+    if not is_updated:
+        sizes += update.reduced.double().abs() @ B.double().abs().t()
+    gate_size, up_size = sizes.chunk(2, dim=1)
+    out = inputs.rows(T, F, seed=6)
+    reduced = fused.gate_updated(gate_up, update, activation, out, A)
+    is_high = max(*ranks, next_rank) > fused_gate.MOST_RANKS  # there the updated gates are rounded on the way
+    slack = 1.0 + (torch.finfo(grad.dtype).eps / NOISE if is_high else 0.0)
+    assert_rounded_once(out, exact, slack * gate_size * up_size)
+    assert (reduced is None) == (A is None)
+    if reduced is not None and A is not None:  # of the product as it was rounded
+        assert_close_to_sum(reduced, out, A.t(), slack)
+
+    exact_gradients = torch.empty(T, 2 * F, dtype=torch.float64, device=grad.device)
+    exact_reduction = None if reduction is None else reference.Reduction(*(part.double() for part in reduction))
+    reference.gate_updated_backward(
+        grad.double(), gate_up.double(), exact_update, activation, exact_gradients, exact_reduction
+    )
+    grad_size = grad.double().abs()
+    if reduction is not None:
+        grad_size = grad_size + reduction.grad_reduced.double().abs() @ reduction.A.double().abs()
+    magnitude = torch.cat((grad_size * up_size * (1 + gate_size), grad_size * (1 + gate_size)), dim=1)
+    gradients = gate_up if in_place else inputs.rows(T, 2 * F, seed=7)
+    product = grad if in_place else inputs.rows(T, F, seed=8)
+    all_B, all_A = fused.gate_updated_backward(grad, gate_up, update, activation, gradients, reduction, product)
+    assert_rounded_once(gradients, exact_gradients, slack * magnitude)
+    assert torch.equal(product, out)
+    assert all_B.shape == B.shape and (all_A is None) == (reduction is None)
+    gate_rank = ranks[0]
+    assert_close_to_sum(all_B[:F, :gate_rank], gradients[:, :F].t(), update.reduced[:, :gate_rank], slack)
+    assert_close_to_sum(all_B[F:, gate_rank:], gradients[:, F:].t(), update.reduced[:, gate_rank:], slack)
+    assert not bool(all_B[:F, gate_rank:].any()) and not bool(all_B[F:, :gate_rank].any())
+    if all_A is not None and reduction is not None:
+        assert_close_to_sum(all_A, reduction.grad_reduced.t(), out, slack)
+
+
+def assert_close_to_sum(ours: Tensor, left: Tensor, right: Tensor, slack: float) -> None:
+    """`ours` is left right, summed in float32 and rounded once."""
+    exact = left.double() @ right.double()
+    assert_rounded_once(ours, exact, slack * (left.double().abs() @ right.double().abs()))
 
 
 def check_add_product(inputs: Inputs, T: int, columns: int, R: int, *, apart: int) -> None:

@@ -69,7 +69,10 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'etude' has no attribute {name!r}")
-    return getattr(importlib.import_module(home), name)
+    from etude.collection import paused
+
+    with paused():  # torch and transformers come with most of them
+        return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -377,6 +377,10 @@ class ArgumentFields:
     hf_checkpoint_files: bool = field(
         default=True, metadata=_help("Also write the files that transformers.Trainer resumes from.")
     )
+    save_in_background: bool = field(
+        default=True,
+        metadata=_help("Write checkpoints of an adapter while training goes on; False waits for every one of them."),
+    )
     cuda_graphs: bool | None = field(
         default=None,
         metadata=_help("CUDA graphs for small micro-batches on the fast path; where they pay if not given."),
@@ -389,6 +393,13 @@ class ArgumentFields:
         default=None,
         metadata=_help(
             "GPU memory in GiB that training stays within; micro-batches and what layers keep are planned for it."
+        ),
+    )
+    activation_offloading: bool = field(
+        default=False,
+        metadata=_help(
+            "Experimental: layers of etude's own may keep in pinned host memory what their backward pass needs, where GPU "
+            "memory is short."
         ),
     )
     base_precision: str | None = field(

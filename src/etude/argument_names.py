@@ -107,8 +107,8 @@ _MAPPED = _words(
     remove_unused_columns label_names train_sampling_strategy length_column_name
     torch_compile skip_memory_metrics do_train do_eval do_predict
     warmup_ratio logging_dir
-    on_nonfinite deterministic hf_checkpoint_files cuda_graphs tokens_per_micro_batch gpu_memory_limit_gib base_precision
-    fast_path
+    on_nonfinite deterministic hf_checkpoint_files save_in_background cuda_graphs tokens_per_micro_batch gpu_memory_limit_gib
+    activation_offloading base_precision fast_path
     """
 )
 

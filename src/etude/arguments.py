@@ -519,7 +519,7 @@ class TrainingArguments(ArgumentFields, GroupedSetters, metaclass=_AcceptsEveryN
             ConfigError: `theirs` uses something that etude refuses (deepspeed, fsdp, push_to_hub, ...).
         """
         own = {"on_nonfinite", "deterministic", "hf_checkpoint_files", "fast_path"}
-        own |= {"tokens_per_micro_batch", "gpu_memory_limit_gib", "base_precision"}
+        own |= {"tokens_per_micro_batch", "gpu_memory_limit_gib", "activation_offloading", "base_precision"}
         settings = {}
         for name in (
             item.name for item in fields(TrainingArguments) if item.name not in own and hasattr(theirs, item.name)

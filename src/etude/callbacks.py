@@ -268,6 +268,10 @@ class CallbackHandler(TrainerCallback):
         """As `pop_callback`, without the answer."""
         self.pop_callback(callback)
 
+    def listeners(self, event: str) -> list[Any]:
+        """The callbacks that do something at `event`: they have more than the empty method of their base class."""
+        return [callback for callback in self.callbacks if not _is_empty(getattr(callback, event, None), event)]
+
     @property
     def callback_list(self) -> str:
         """The class names, one a line."""
@@ -433,6 +437,16 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
             },
             "attributes": {"early_stopping_patience_counter": self.early_stopping_patience_counter},
         }
+
+
+def _is_empty(method: Any, event: str) -> bool:
+    """Whether there is no method, or the one of `TrainerCallback`, here or in transformers."""
+    function = getattr(method, "__func__", None)
+    bases = ("etude.callbacks", "transformers.trainer_callback")
+    is_of_a_base = (
+        getattr(function, "__qualname__", None) == f"TrainerCallback.{event}" and function.__module__ in bases
+    )
+    return method is None or is_of_a_base
 
 
 def _is_the_one(present: Any, wanted: Any) -> bool:

@@ -13,14 +13,11 @@ import torch
 
 from etude.callbacks import TrainerState
 from etude.checkpoint import Checkpoint, CheckpointStore
-from etude.checkpoint.codec import malformed_means_checkpoint_error, save_tree
+from etude.checkpoint.codec import malformed_means_checkpoint_error
 from etude.checkpoint.durable import sync_folder
-from etude.checkpoint.policy import steps_to_retire
-from etude.checkpoint.reading import LOG
 from etude.checkpoint.resume import PROGRESS, TRAINER_STATE, changes_since, read_progress, refuse_fatal
 from etude.data.fingerprint import data_fingerprint
 from etude.data.loader import state_at_next_epoch
-from etude.errors import CheckpointError, NonFiniteError
 from etude.model.adapter import adapter_settings, base_fingerprint, unquantised_fingerprint
 
 if TYPE_CHECKING:
@@ -52,9 +49,6 @@ RECORDED_SETTINGS = [
     "train_sampling_strategy",
     "dataloader_drop_last",
 ]
-
-FAILURES_IN_A_ROW = 3
-"""After this many failed saves in a row training stops: it would only get further from the last checkpoint."""
 
 
 def describe_run(trainer: Trainer) -> dict[str, Any]:
@@ -92,98 +86,6 @@ def progress_of(trainer: Trainer, run: Run) -> dict[str, Any]:
         "cut": trainer.cut,
         "run": trainer.run_record,
     }
-
-
-def save_checkpoint(trainer: Trainer, run: Run, trial: Any) -> Checkpoint:
-    """Write and commit `checkpoint-<step>`, then retire those that `save_total_limit` has no room for.
-
-    Raises:
-        CheckpointError: it could not be written; older checkpoints are intact.
-        NonFiniteError: an update has made a weight NaN or infinite; nothing is written.
-    """
-    state, args = trainer.state, trainer.args
-    if args.on_nonfinite == "stop":
-        _require_finite_weights(trainer)
-    store = CheckpointStore(trainer._get_output_dir(trial))
-    existing = {checkpoint.step for checkpoint in store.committed()}
-    if state.best_global_step and state.best_global_step in existing | {state.global_step}:
-        state.best_model_checkpoint = str(store.root / f"checkpoint-{state.best_global_step}")
-    with store.begin(state.global_step) as draft:
-        with draft.failures_named():
-            trainer.save_model(str(draft.path), _internal_call=True)
-            if not args.save_only_model:
-                trainer._save_optimizer_and_scheduler(str(draft.path))
-                trainer._save_scaler(str(draft.path))
-                trainer._save_rng_state(str(draft.path))
-            trainer.collect_callback_states()
-            _write_state(trainer, draft.path / TRAINER_STATE)
-            save_tree(draft.path, PROGRESS, progress_of(trainer, run))
-        checkpoint = draft.commit(step=state.global_step, extra={"versions": trainer.run_record["versions"]})
-    run.events.saved_at = (state.global_step, run.events.epoch_ended)
-    run.events.pending = {}
-    committed = store.committed()
-    retired = set(steps_to_retire([c.step for c in committed], args.save_total_limit, state.best_global_step))
-    for old in committed:
-        if old.step in retired:
-            store.retire(old)
-    return checkpoint
-
-
-def _write_state(trainer: Trainer, file: Path) -> None:
-    """Of a log that is longer than is read again, only the newest part is written; `metrics.jsonl` has all of it."""
-    state, whole_log = trainer.state, trainer.state.log_history
-    state.save_to_json(file)
-    try:
-        while len(state.log_history) > 1 and LOG.problem_of(file.read_bytes()):
-            state.log_history = state.log_history[len(state.log_history) // 2 :]
-            state.save_to_json(file)
-    finally:
-        num_left_out = len(whole_log) - len(state.log_history)
-        state.log_history = whole_log
-    if num_left_out:
-        trainer.notices.say(
-            f"the log has {len(whole_log):,} entries: {file.name} leaves out the oldest {num_left_out:,}, metrics.jsonl "
-            "has them all. Fewer logs: logging_steps"
-        )
-
-
-def _require_finite_weights(trainer: Trainer) -> None:
-    """The loss and the gradient were finite, but what the optimizer made of them may not be."""
-    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    wrong = [name for name, parameter in trained.items() if not torch.isfinite(parameter).all()]
-    if not wrong:
-        return
-    committed = CheckpointStore(trainer._get_output_dir(None)).committed()
-    intact = f"{committed[-1].path.name} is the last sound one" if committed else "there is no earlier one"
-    raise NonFiniteError(
-        f"the update made weights NaN or infinite ({len(wrong)} tensors, first: {wrong[0]}), so no checkpoint is written; "
-        f"{intact}. Lower learning_rate, or pass on_nonfinite='continue' to go on regardless",
-        step=trainer.state.global_step,
-    )
-
-
-class SaveAttempts:
-    """Decides what a failed save means: go on and try again at the next interval, or stop."""
-
-    def __init__(self) -> None:
-        self.failed_in_a_row = 0
-
-    def succeeded(self) -> None:
-        self.failed_in_a_row = 0
-
-    def failed(self, error: CheckpointError, *, is_final: bool, say: Any) -> None:
-        """
-        Raises:
-            CheckpointError: the final save failed, or too many in a row.
-        """
-        self.failed_in_a_row += 1
-        if is_final:
-            error.add_note("This was the final save: free some space or fix the folder, then resume to save it again.")
-            raise error
-        if self.failed_in_a_row >= FAILURES_IN_A_ROW:
-            error.add_note(f"{self.failed_in_a_row} saves in a row failed, so training stops.")
-            raise error
-        say(f"checkpoint not written, training goes on and tries again at the next save: {error}")
 
 
 def restore_run(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> None:

@@ -11,7 +11,7 @@ from etude.checkpoint.store import CheckpointStore
 from etude.errors import ConfigError, EtudeError, Interrupted
 from etude.model.loss import unwrapped
 from etude.observe import run_log
-from etude.observe.amounts import of_bytes, of_seconds
+from etude.observe.amounts import of_bytes, of_seconds, of_share
 from etude.observe.concerns import concerns_of
 from etude.observe.machine import device_name, peak_memory_bytes, versions
 from etude.observe.model_card import Card, write_card
@@ -201,6 +201,8 @@ def _figures(trainer: Trainer) -> list[tuple[str, str]]:
         found.append(("training time", of_seconds(seconds)))
     if (speed := trainer.throughput.mean_tokens_per_second) is not None:
         found.append(("tokens per second", f"{speed:,.0f}"))
+    if (waiting := trainer.throughput.mean_waiting_for_data) is not None:
+        found.append(("waiting for data", of_share(waiting)))
     if (peak := peak_memory_bytes(trainer.args.device)) is not None:
         found.append(("peak memory", of_bytes(peak)))
     return found

@@ -16,6 +16,7 @@ from etude.data.loader import has_length
 from etude.data.randomness import derive_seed
 from etude.errors import CheckpointError, ConfigError, DataError, Interrupted, is_out_of_memory
 from etude.interrupts import Interrupts, StopNow
+from etude.saves import Saves
 
 if TYPE_CHECKING:
     from etude.kernels.plan import CompileSwitch
@@ -114,6 +115,7 @@ class Run:
         batches.on_batches = self.see_batches
         self.events = Events(self, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         self.update = Update(self)
+        self.saves = Saves(trainer, self)
 
     def remaining_steps(self) -> Iterator[Step]:
         """The steps still to be made, with the events of their epochs around them."""
@@ -148,7 +150,7 @@ class Run:
 
     def _load_next_step(self) -> bool:
         try:
-            with self.interrupts.stopping_at_once():
+            with self.interrupts.stopping_at_once(), self.trainer.throughput.waiting_for_data():
                 return bool(self.batches.loaded()) or self.batches.advance()
         except StopNow:
             return self.events.stop_here()
@@ -254,6 +256,7 @@ class Run:
 
     def finish(self) -> TrainOutput:
         self.gradient.settle()
+        self.saves.finish()
         return self.trainer.finish_training(self)
 
 
@@ -323,6 +326,7 @@ class Events:
 
     def step_end(self, step: Step, loss: torch.Tensor, norm: Any) -> None:
         trainer, position = self.trainer, self.run.batches.position
+        self.run.saves.settle(wait=False)
         trainer.add_training_loss(loss)
         trainer.state.global_step = step.number
         trainer.state.epoch = step.epoch + position.batches_done / self.run.plan.batches_per_epoch
@@ -384,6 +388,7 @@ class Events:
         control = trainer.control
         self.pending = {"should_evaluate": control.should_evaluate, "should_save": control.should_save}
         what = "nothing was trained yet"
+        self.run.saves.settle()
         if step > 0:
             if self.saved_at != (step, self.epoch_ended) or any(self.pending.values()):
                 self._save_before_leaving()

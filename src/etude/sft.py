@@ -115,14 +115,21 @@ class SFTTrainer(Trainer):
         if (config.dataset_kwargs or {}).get("skip_prepare_dataset") or isinstance(dataset, _Samples | StreamedSamples):
             return dataset
 
+        is_whole = not is_streamed(dataset)
+
         def prepare_rows(rows: Any) -> Sequence[Any]:
-            done = prepare(rows, self._tokenizer, config, packing=packing, formatting_func=self._formatting_func)
+            done = prepare(
+                *(rows, self._tokenizer, config),
+                packing=packing,
+                formatting_func=self._formatting_func,
+                is_whole=is_whole,
+            )
             self._left_out += done.left_out
             return done.samples
 
-        if is_streamed(dataset):
+        if not is_whole:
             return StreamedSamples(dataset, prepare_rows)
-        samples = _Samples(prepare_rows(list(dataset)))
+        samples = _Samples(prepare_rows(dataset))
         return samples.shuffled(config.seed) if shuffle else samples
 
 

@@ -5,7 +5,6 @@ Importing this module imports neither torch nor transformers.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -57,7 +56,13 @@ class SFTConfig(TrainingArguments):
     dataset_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("{'skip_prepare_dataset': True} hands the data to the collator as it is.")
     )
-    dataset_num_proc: int | None = field(default=None, metadata=_help("No effect: rows are tokenized in batches."))
+    dataset_num_proc: int | None = field(
+        default=None, metadata=_help("Processes that tokenize; None: one for each core where there are many rows.")
+    )
+    keep_tokens: bool = field(
+        default=True,
+        metadata=_help("Keep the tokens of the rows in the user's cache, for the next run on the same data."),
+    )
     max_length: int | None = field(
         default=1024, metadata=_help("Longest sample in tokens; longer ones are cut at the end. None: no limit.")
     )
@@ -82,7 +87,6 @@ class SFTConfig(TrainingArguments):
     )
     assistant_only_loss: bool = field(default=False, metadata=_help("Learn the turns of the assistant alone."))
     loss_type: str = field(default="nll", metadata=_help("nll: cross entropy of the next token."))
-    activation_offloading: bool = field(default=False, metadata=_help("No effect: activations stay on the device."))
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -127,5 +131,3 @@ def _check(config: SFTConfig) -> None:
         )
     if str(config.pad_to_multiple_of) == "auto":  # as TRL writes None
         config.pad_to_multiple_of = None
-    if config.activation_offloading:
-        warnings.warn("activation_offloading has no effect; gradient_checkpointing saves the memory", stacklevel=4)

@@ -16,8 +16,9 @@ import torch
 
 from etude.data import CausalLMCollator, encode_rows, read_rows
 from etude.data.chat import PLAIN, TrainOn
+from etude.data.encoding import IGNORED
 from etude.data.formats import detect_format
-from etude.data.tokens import IGNORED
+from etude.data.kept_tokens import encode_rows_once
 from etude.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -133,8 +134,11 @@ def prepare(
     *,
     packing: bool,
     formatting_func: FormattingFunc | None = None,
+    is_whole: bool = True,
 ) -> Prepared:
     """Tokenize, label, cut and, with `packing`, pack rows. Rows with nothing to learn are left out.
+
+    `is_whole` is False for a part of a stream, whose tokens are not worth keeping.
 
     Raises:
         DataError: a row is malformed; names its number and field.
@@ -148,10 +152,12 @@ def prepare(
         samples, left_out = _labelled(rows, config, cut)
     else:
         shape = shape_of(dict(rows[0]), config, formatting_func)
-        read = read_rows([shape.convert(dict(row)) for row in rows], format=shape.format)
-        encoded = encode_rows(
+        read = read_rows(_Converted(rows, shape.convert), format=shape.format)
+        encode = encode_rows_once if config.keep_tokens and is_whole else encode_rows
+        encoded = encode(
             read,
             tokenizer,
+            num_processes=config.dataset_num_proc,
             max_length=cut,
             template=shape.template,
             train_on=shape.train_on,
@@ -164,6 +170,22 @@ def prepare(
     if not len(samples):
         raise DataError(f"no row is left; the first: {left_out[0] if left_out else 'has no tokens'}")
     return Prepared(samples, left_out)
+
+
+class _Converted(Sequence[Row]):
+    """Rows in the shape that is read, made one at a time: a data set on disk is never in memory as a whole."""
+
+    def __init__(self, rows: Sequence[Row], convert: Callable[[Row], Row]) -> None:
+        self._rows, self._convert = rows, convert
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        return self._convert(dict(self._rows[index]))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self._convert(dict(row)) for row in self._rows)
 
 
 def _labelled(rows: Sequence[Row], config: SFTConfig, cut: int | None) -> tuple[list[Sample], list[DataError]]:

@@ -18,6 +18,7 @@ from etude.arguments import TrainingArguments
 from etude.callbacks import CallbackHandler, DefaultFlowCallback, TrainerControl
 from etude.checkpoint.resume import find_checkpoint
 from etude.checkpoint.store import CheckpointStore
+from etude.collection import frozen
 from etude.cut import AsCollated
 from etude.data.batching import StepBatches
 from etude.data.collate import default_collator
@@ -40,6 +41,7 @@ from etude.model import loss as model_loss
 from etude.model.memory import memory_limit
 from etude.model.neftune import add_embedding_noise
 from etude.notices import Notices
+from etude.observe.concerns import starvation
 from etude.observe.console import PrinterCallback, ProgressCallback
 from etude.observe.jsonl import JsonlCallback
 from etude.observe.memory import MemoryUse
@@ -48,8 +50,9 @@ from etude.observe.trackers import tracker_callbacks
 from etude.optim.gradient import Gradient
 from etude.outputs import TrainOutput
 from etude.precision import LossScaler, choose_precision, keep_trainable_in_float32, use_number_settings
-from etude.recovery import SaveAttempts, describe_run, restore_run, set_aside
+from etude.recovery import describe_run, restore_run, set_aside
 from etude.run import Plan, Run, plan_run
+from etude.saves import SaveAttempts
 from etude.summary import introduction
 
 if TYPE_CHECKING:
@@ -243,6 +246,7 @@ class Trainer(
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         with ExitStack() as until_the_end:
+            until_the_end.enter_context(frozen())
             self.is_in_train = True
             until_the_end.callback(setattr, self, "is_in_train", False)
             self._memory_of_training = until_the_end.enter_context(self.memory.stage("train"))
@@ -340,6 +344,7 @@ class Trainer(
         )
         self._run = run
         until_the_end.callback(batches.stream.close)
+        until_the_end.callback(run.saves.close)
         if checkpoint is not None:
             restore_run(self, run, checkpoint)
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
@@ -405,6 +410,8 @@ class Trainer(
         """The few lines that say what will happen."""
         for line in introduction(self, run):
             self.notices.say(line)
+        if run.saves.why_in_place:
+            self.notices.say(f"training waits for every checkpoint: {run.saves.why_in_place}")
 
     def finish_training(self, run: Run) -> TrainOutput:
         """The summary of the run, the best model where it was asked for, and the last event."""
@@ -416,6 +423,13 @@ class Trainer(
         self.store_flos()
         metrics |= {"total_flos": self.state.total_flos, "train_loss": mean_loss} | self._memory_of_training.finish()
         self.call_hook(self.log, metrics)
+        starved = starvation(
+            self.throughput,
+            num_workers=self.args.dataloader_num_workers,
+            is_on_gpu=self.args.device.type == "cuda",
+        )
+        if starved is not None:
+            self.notices.say(starved)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)

@@ -20,6 +20,8 @@ SHARED = {
     "argument_names",
     "precision",
     "outputs",
+    "private_cache",
+    "collection",
 }
 LOOPS = {"loop.py": SHARED | {"callbacks"}, "evaluation.py": SHARED | {"callbacks"}}
 
@@ -34,6 +36,7 @@ OPTIONAL_FILES: set[tuple[str, str]] = {
     ("kernels/fused.py", "triton"),  # torch for CUDA comes with it, and nothing else imports the file
     ("kernels/fused_cross_entropy.py", "triton"),
     ("kernels/fused_fp8.py", "triton"),
+    ("kernels/fused_gate.py", "triton"),
     ("kernels/transfer.py", "triton"),
 }
 

@@ -29,6 +29,12 @@ WRITERS = ("checkpoint/", "observe/", "cli/", "demo/", "search/")
 ALLOWED_WRITES: dict[tuple[str, str], str] = {
     ("callbacks.py", "write_text"): "TrainerState.save_to_json: public, writes the file that its caller names",
     ("model/adapter.py", "write_bytes"): "the model card of the last checkpoint, into the draft of the next",
+    ("data/token_worker.py", "fdopen(..., 'wb')"): "the pipe to the parent process, not a file",
+    (
+        "data/cache.py",
+        "open(..., 'xb')",
+    ): "the user's cache: into a draft that is renamed, and checked before it is read",
+    ("data/cache.py", "write_text"): "likewise",
     ("data/template_worker.py", "fdopen(..., 'wb')"): "the pipe to the parent process, not a file",
 }
 

@@ -95,6 +95,7 @@ def test_gpus(torch: Any, has_card: bool, text: str, monkeypatch: pytest.MonkeyP
 
 
 def test_a_cache_that_cannot_be_written_to_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ETUDE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path("caches").absolute()))
     monkeypatch.delenv("HF_HOME", raising=False)
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
@@ -104,6 +105,20 @@ def test_a_cache_that_cannot_be_written_to_is_said(monkeypatch: pytest.MonkeyPat
     assert str(Path("caches/etude").absolute()) in caches["etude cache"].text
     assert "set XDG_CACHE_HOME" in caches["hub cache"].way_out
     assert not Path("caches").exists()
+
+
+def test_kept_tokens_are_weighed(cache_of_its_own: Path) -> None:
+    def told() -> str:
+        [finding] = [finding for finding in doctor.storage() if finding.subject == "kept tokens"]
+        return finding.text
+
+    assert told() == "none"
+    assert not (cache_of_its_own / "tokens").exists()  # looking makes no folder
+    entry = cache_of_its_own / "tokens" / "key"
+    entry.mkdir(parents=True)
+    (entry / "MANIFEST.json").write_bytes(b"{}")
+    (entry / "rows.input_ids").write_bytes(bytes(3 * 2**20))
+    assert told() == f"3.0 MiB of 1 data set in {entry.parent}; delete the folder to clear them"
 
 
 def test_long_findings_are_wrapped() -> None:

@@ -20,7 +20,7 @@ from etude.cli.voice import Voice
 from etude.errors import ConfigError
 
 Capture = pytest.CaptureFixture[str]
-CLOCKED = ("runtime", "per_second", "memory_gib")
+CLOCKED = ("waiting_for_data", "save_stall_seconds", "runtime", "per_second", "memory_gib")
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_a_real_read_only_disk(train_in_child: Train, mount_disk: MountDisk, who
     """The run before it has left checkpoints; they can be read, and nothing is trained into the void."""
     disk = mount_disk(64 << 20)
     kill = {"at": "on_step_begin", "nth": 5, "signal": 9}
-    train_in_child(disk, signals=[kill])
+    train_in_child(disk, signals=[kill], save_in_background=False)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     ended = train_in_child(disk, resume=True)
     assert ended.exit_code == 1 and "EROFS" in ended.said and f"{disk}/out" in ended.said
@@ -166,13 +166,18 @@ def test_the_folder_is_deleted_while_training_goes_on(fast_dir: Path, whole: End
     assert steps_in(fast_dir / "out") == [6, 8, 9] and not unsound(fast_dir / "out")
 
 
-def test_the_folder_is_moved_while_training_goes_on(fast_dir: Path, whole: Ended) -> None:
-    """The run goes on where it was told to write; what was moved is whole, and is resumed from there."""
-    trainer = build(fast_dir / "out")
+@pytest.mark.parametrize("in_background", [False, True])
+def test_the_folder_is_moved_while_training_goes_on(fast_dir: Path, whole: Ended, in_background: bool) -> None:
+    """The run goes on where it was told to write; what was moved is whole, and is resumed from there. A checkpoint that is
+    being written at that moment may end in either folder, or be lost, and that is said."""
+    trainer = build(fast_dir / "out", save_in_background=in_background)
     trainer.add_callback(Happens(5, lambda: (fast_dir / "out").rename(fast_dir / "moved")))
     output = trainer.train()
     assert as_json(result_of(trainer, output)) == whole.result
-    assert steps_in(fast_dir / "out") == [6, 8, 9] and steps_in(fast_dir / "moved") == [2, 4]
+    is_lost = any("checkpoint not written" in line and "checkpoint-4" in line for line in trainer.notices.lines)
+    moved, made = steps_in(fast_dir / "moved"), steps_in(fast_dir / "out")
+    assert (moved, made) in [([2, 4], [6, 8, 9]), ([2], [4, 6, 8, 9]), ([2], [6, 8, 9])]
+    assert is_lost == (4 not in moved + made) and (in_background or moved == [2, 4])
     assert not unsound(fast_dir / "out") and not unsound(fast_dir / "moved")
     again = build(fast_dir / "moved", model_seed=5)
     output = again.train(resume_from_checkpoint=True)
@@ -191,7 +196,7 @@ def test_a_folder_that_cannot_be_made_again(fast_dir: Path) -> None:
     trainer.add_callback(Happens(5, replace_by_a_file))
     with pytest.raises(CheckpointError, match=r"This was the final save|saves in a row failed|ENOTDIR|EEXIST"):
         trainer.train()
-    assert steps_in(fast_dir / "moved") == [2, 4] and out.read_text() == "not a folder"
+    assert steps_in(fast_dir / "moved") in ([2, 4], [2]) and out.read_text() == "not a folder"
 
 
 # The clock

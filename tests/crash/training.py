@@ -27,9 +27,10 @@ import saves
 import torch
 from peft import get_peft_model_state_dict
 
-from etude import Trainer, TrainerCallback
+from etude import TrainerCallback, contents
 from etude.checkpoint import CheckpointStore
 from etude.errors import CheckpointError
+from etude.model import adapter
 from short_run import short_trainer, without_clock
 from tiny import ListDataset, language_rows, tiny_llama, with_lora
 
@@ -131,20 +132,32 @@ class Watcher(TrainerCallback):
 
     def __init__(self, happenings: Happenings, fault: dict[str, Any] | None) -> None:
         self.happenings, self.fault = happenings, fault
+        self.trainer: Any = None
+        self.is_told_of_saves = any(each["at"] == "on_save" for each in happenings.wanted)
+        """Whoever is told of them is told when they are complete, so that training waits for them."""
 
     def __getattribute__(self, name: str) -> Any:
-        if not name.startswith("on_"):
+        if not name.startswith("on_") or (name == "on_save" and not self.is_told_of_saves):
             return super().__getattribute__(name)
 
         def tell(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.happenings.happened(name)
             if self.fault and name == "on_step_end":
                 if state.global_step == self.fault["step"] and not self.fault.get("within_save"):
+                    wait_for_save(self.trainer)
                     arm(args.output_dir, self.fault)
                 elif state.global_step == self.fault["until"]:
+                    wait_for_save(self.trainer)
                     arm(args.output_dir, None)
 
         return tell
+
+
+def wait_for_save(trainer: Any) -> None:
+    """Until the save that goes on beside training has ended, well or not."""
+    writer = trainer._run.saves.writer
+    if writer.needs_copies:
+        writer.wait()
 
 
 def arm(folder: str, fault: dict[str, Any] | None) -> None:
@@ -189,23 +202,27 @@ class Own(TrainerCallback):
             Path(args.output_dir, "SAVE").touch()
         if self.full_at_steps:
             full = {"mode": saves.FAIL_FROM, "errno": errno.ENOSPC}
+            wait_for_save(self.trainer)
             arm(args.output_dir, full if state.global_step in self.full_at_steps else None)
 
 
-class Watched(Trainer):
-    """Being in the middle of a save is a happening too, and a moment to arm a fault."""
+def watch_saves(happenings: Happenings, fault: dict[str, Any] | None) -> None:
+    """Being in the middle of a save is a happening too, and a moment to arm a fault; in whichever thread it is written.
 
-    happenings: Happenings
-    fault: dict[str, Any] | None
+    For this process only: nothing is put back.
+    """
+    save_weights, write_random = adapter.save_weights, contents.write_random
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.fault and self.fault.get("within_save") and self.state.global_step == self.fault["step"]:
-            arm(str(self.args.output_dir), self.fault)
-        super().save_model(output_dir, _internal_call)
+    def save_weights_and_arm(model: Any, folder: Path, *tensors: Any) -> None:
+        if fault and fault.get("within_save") and f"-checkpoint-{fault['step']}-" in folder.name:
+            arm(str(folder.parent), fault)
+        save_weights(model, folder, *tensors)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.happenings.happened("save")
+    def write_random_and_tell(folder: Path, states: dict[str, Any]) -> None:
+        write_random(folder, states)
+        happenings.happened("save")
+
+    adapter.save_weights, contents.write_random = save_weights_and_arm, write_random_and_tell  # type: ignore[assignment]
 
 
 def build(
@@ -220,16 +237,16 @@ def build(
     happenings = happenings or Happenings([])
     own = Own(settings)
     eval_rows = {"a": EVAL_ROWS, "b": EVAL_ROWS[::-1]} if settings.pop("several_eval_sets", False) else EVAL_ROWS
+    watcher = Watcher(happenings, fault)
     trainer = short_trainer(
         tiny_model(model_seed),
         Rows(ROWS, happenings),
         eval_rows=eval_rows,
-        callbacks=[own, Watcher(happenings, fault)],
-        trainer_class=Watched,
+        callbacks=[own, watcher],
         output_dir=str(output_dir.absolute()),  # the shim compares paths as they are given
         **(SETTINGS | settings),
     )
-    trainer.happenings, trainer.fault, own.trainer = happenings, fault, trainer
+    own.trainer = watcher.trainer = trainer
     return trainer
 
 
@@ -239,6 +256,7 @@ def train(order: dict[str, Any]) -> None:
     os.register_at_fork(after_in_parent=lambda: happenings.happened("fork"))
     if order["cpu_seconds"] is not None:  # SIGPROF ends a process as SIGKILL does: nothing of it runs any more
         signal.setitimer(signal.ITIMER_PROF, order["cpu_seconds"])
+    watch_saves(happenings, order["fault"])
     trainer = build(Path("out"), happenings, order["fault"], **order["settings"])
     output = trainer.train(resume_from_checkpoint=order["resume"])
     signal.setitimer(signal.ITIMER_PROF, 0)

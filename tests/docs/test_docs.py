@@ -189,9 +189,10 @@ def parse_benchmark(words: list[str]) -> None:
     file = REPOSITORY / f"{module.replace('.', '/')}.py"
     assert file.is_file(), f"no module {module}"
     require_known(rest, options_in(file, r'add_argument\(\s*"(--[\w-]+)"', "{}"))
-    source = "".join(path.read_text(encoding="utf-8") for path in (file, file.with_name("shapes.py")))
+    files = (file, file.with_name("shapes.py"), file.with_name("contenders.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
     chosen = words_after(rest, "--contender") + words_after(rest, "--work")
-    assert all(f'"{word}"' in source for word in chosen), f"unknown among {chosen}"
+    assert all(f'"{word.partition("@")[0]}"' in source for word in chosen), f"unknown among {chosen}"
 
 
 def check_request_file(words: list[str]) -> None:

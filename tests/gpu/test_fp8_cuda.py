@@ -19,11 +19,10 @@ from etude.kernels.fp8 import FP8, ROUNDING, Fp8Projection, scaled_product
 from etude.kernels.layers import compare
 from etude.kernels.plan import plan_kernels
 from etude.kernels.projection import Adapter
-from etude.kernels.reference import GELU_TANH, SILU
 from etude.model.capabilities import causal_model, decoder_of
 from etude.model.packing import pack
 from etude.model.paths import CHUNKED, PackedPath
-from fp8_checks import check_gate, check_nearest_codes, check_rms_norm, check_zero_rows
+from fp8_checks import check_nearest_codes, check_rms_norm, check_zero_rows
 from fused_checks import Inputs
 from tiny import Padded, language_rows, tiny_gemma3, tiny_llama, tiny_qwen3, with_lora
 
@@ -72,12 +71,6 @@ def test_zero_rows() -> None:
 @pytest.mark.parametrize(("T", "D", "apart"), ROWS)
 def test_rms_norm(T: int, D: int, apart: int, offset: float) -> None:
     check_rms_norm(BFLOAT16, T, D, offset=offset, apart=apart)
-
-
-@pytest.mark.parametrize("activation", [SILU, GELU_TANH])
-@pytest.mark.parametrize(("T", "F", "apart"), ROWS)
-def test_gate(T: int, F: int, apart: int, activation: str) -> None:
-    check_gate(BFLOAT16, T, F, activation=activation, apart=apart)
 
 
 # -- products ------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fused_checks import (
     check_copy_rows,
     check_drop,
     check_gate,
+    check_gate_updated,
     check_gather,
     check_rms_norm,
     check_rms_norm_backward,
@@ -66,6 +67,23 @@ def test_rotate(inputs: Inputs, T: int, H: int, d: int, norm: bool, in_place: bo
 @pytest.mark.parametrize(("T", "F", "apart"), [(1, 33, 0), (7, 130, 6), (4096, 3072, 64), (1024, 14336, 32)])
 def test_gate(inputs: Inputs, T: int, F: int, apart: int, activation: str, in_place: bool) -> None:
     check_gate(inputs, T, F, activation=activation, in_place=in_place, apart=apart)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("activation", [SILU, GELU_TANH])
+@pytest.mark.parametrize(
+    ("ranks", "next_rank"), [((16, 16), 16), ((16, 8), 0), ((0, 5), 3), ((64, 64), 64), ((0, 0), 2), ((70, 3), 5)]
+)
+@pytest.mark.parametrize(("T", "F"), [(1, 33), (700, 3072), (4100, 14336)])
+def test_gate_updated(
+    inputs: Inputs, T: int, F: int, ranks: tuple[int, int], next_rank: int, activation: str, in_place: bool
+) -> None:
+    check_gate_updated(inputs, T, F, ranks, next_rank, activation=activation, in_place=in_place)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gates_that_hold_their_update(inputs: Inputs, in_place: bool) -> None:
+    check_gate_updated(inputs, 70, 300, (4, 8), 5, activation=SILU, in_place=in_place, is_updated=True)
 
 
 @pytest.mark.parametrize(

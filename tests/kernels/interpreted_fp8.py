@@ -6,8 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from etude.kernels.reference import GELU_TANH, SILU
-from fp8_checks import check_gate, check_nearest_codes, check_rms_norm, check_zero_rows
+from fp8_checks import check_nearest_codes, check_rms_norm, check_zero_rows
 from fused_checks import Inputs
 
 BFLOAT16 = Inputs("cpu", torch.bfloat16)
@@ -28,9 +27,3 @@ def test_zero_rows() -> None:
 @pytest.mark.parametrize(("T", "D", "apart"), SHAPES)
 def test_rms_norm(T: int, D: int, apart: int, offset: float) -> None:
     check_rms_norm(BFLOAT16, T, D, offset=offset, apart=apart)
-
-
-@pytest.mark.parametrize("activation", [SILU, GELU_TANH])
-@pytest.mark.parametrize(("T", "F", "apart"), [*SHAPES, (2, 20000, 6)])
-def test_gate(T: int, F: int, apart: int, activation: str) -> None:
-    check_gate(BFLOAT16, T, F, activation=activation, apart=apart)

@@ -14,6 +14,7 @@ from fused_checks import (
     check_copy_rows,
     check_drop,
     check_gate,
+    check_gate_updated,
     check_gather,
     check_rms_norm,
     check_rms_norm_backward,
@@ -54,6 +55,29 @@ def test_rotate(inputs: Inputs, T: int, H: int, d: int, norm: bool, in_place: bo
 @pytest.mark.parametrize(("T", "F", "apart"), [(1, 33, 0), (7, 130, 16), (2, 1030, 6)])
 def test_gate(inputs: Inputs, T: int, F: int, apart: int, activation: str, in_place: bool) -> None:
     check_gate(inputs, T, F, activation=activation, in_place=in_place, apart=apart)
+
+
+GATES_WITH_ADAPTERS = [((4, 4), 4), ((16, 8), 0), ((0, 5), 3), ((20, 0), 17), ((0, 0), 2), ((0, 0), 0), ((70, 3), 5)]
+"""Ranks of gate and up, and of what follows; the last ones are above what the kernels take."""
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("activation", [SILU, GELU_TANH])
+@pytest.mark.parametrize(("ranks", "next_rank"), GATES_WITH_ADAPTERS)
+@pytest.mark.parametrize(("T", "F"), [(1, 33), (70, 300)])
+def test_gate_updated(
+    inputs: Inputs, T: int, F: int, ranks: tuple[int, int], next_rank: int, activation: str, in_place: bool
+) -> None:
+    if inputs.dtype == torch.bfloat16:
+        pytest.skip("the interpreter's tl.dot multiplies the bits of bfloat16 as whole numbers; tested on a GPU")
+    check_gate_updated(inputs, T, F, ranks, next_rank, activation=activation, in_place=in_place)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gates_that_hold_their_update(inputs: Inputs, in_place: bool) -> None:
+    if inputs.dtype == torch.bfloat16:
+        pytest.skip("the interpreter's tl.dot multiplies the bits of bfloat16 as whole numbers; tested on a GPU")
+    check_gate_updated(inputs, 70, 300, (4, 8), 5, activation=SILU, in_place=in_place, is_updated=True)
 
 
 @pytest.mark.parametrize(("T", "columns", "R", "apart"), [(1, 33, 1, 0), (70, 130, 5, 16), (9, 260, 100, 6)])

@@ -85,6 +85,21 @@ def test_bfloat16_is_within_rounding(rule: AttentionRule) -> None:
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=4e-2)
 
 
+@pytest.mark.parametrize("name", ["plain", "scaled", "window", "window of one"])
+def test_products_in_bfloat16_have_the_gradients_of_the_kernel_in_float64(name: str) -> None:
+    lengths = (37, 1, 64)
+    inputs = packed_row(lengths, dtype=torch.bfloat16)
+    ours = segment_attention(*inputs, segments_of(lengths), RULES[name])
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    theirs = segment_attention(*wide, segments_of(lengths), RULES[name])
+    direction = torch.randn(ours.shape, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(2))
+    our_gradients = torch.autograd.grad(ours, inputs, direction)
+    their_gradients = torch.autograd.grad(theirs, wide, direction.double())
+    for our_tensor, their_tensor in zip((ours, *our_gradients), (theirs, *their_gradients), strict=True):
+        difference = (our_tensor.double() - their_tensor).detach().norm() / their_tensor.detach().norm().clamp_min(1e-3)
+        assert our_tensor.dtype == torch.bfloat16 and float(difference) <= 8e-3
+
+
 def test_changing_one_segment_leaves_the_bits_of_the_others() -> None:
     query, key, value = (tensor.detach() for tensor in packed_row(dtype=torch.float32))
     before = segment_attention(query, key, value, segments_of(LENGTHS), AttentionRule())

@@ -327,3 +327,51 @@ def test_a_second_adapter_and_a_missing_data_set_are_refused() -> None:
         etude.SFTTrainer(
             tiny_llama(), config(), train_dataset=texts(2), processing_class=sft_tokenizer(), peft_config={}
         )
+
+
+# -- the data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_tokens_are_kept_for_the_next_run(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from etude.data import kept_tokens
+
+    tokenized: list[int] = []
+    encode_rows = kept_tokens.encode_rows
+
+    def counted(rows: Any, *args: Any, **options: Any) -> Any:
+        tokenized.append(len(rows))
+        return encode_rows(rows, *args, **options)
+
+    monkeypatch.setattr(kept_tokens, "WORTH_KEEPING_SECONDS", 0.0)
+    monkeypatch.setattr(kept_tokens, "encode_rows", counted)
+    monkeypatch.setattr("etude.sft_data.encode_rows", counted)
+    data = Dataset.from_list(pairs(8))
+    first, second = (prepare(data, sft_tokenizer(), config(keep_tokens=keeps), packing=False).samples for _ in range(2))
+    assert list(first) == list(second)
+    assert tokenized == ([8] if keeps else [8, 8])
+
+
+def test_part_of_a_stream_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from etude.data import kept_tokens
+
+    monkeypatch.setattr(kept_tokens, "WORTH_KEEPING_SECONDS", 0.0)
+    prepare(pairs(8), sft_tokenizer(), config(), packing=False, is_whole=False)
+    assert not kept_tokens.token_cache_dir().exists()
+
+
+def test_the_processes_that_tokenize_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from etude.data import token_workers
+
+    started: list[bytes] = []
+
+    class Noted(token_workers.Worker):
+        def __init__(self, described: bytes) -> None:
+            super().__init__(described)
+            started.append(described)
+
+    monkeypatch.setattr(token_workers, "Worker", Noted)
+    one, two = (
+        prepare(pairs(8), sft_tokenizer(), config(dataset_num_proc=number), packing=False).samples for number in (1, 2)
+    )
+    assert list(one) == list(two) and len(started) == 2

@@ -26,8 +26,8 @@ from etude.errors import ConfigError, UnknownArgumentError
 THEIR_FIELDS = {item.name: item for item in dataclasses.fields(transformers.TrainingArguments)}
 OUR_FIELDS = {item.name: item for item in dataclasses.fields(TrainingArguments)}
 OUR_OWN = {
-    "cuda_graphs", "on_nonfinite", "deterministic", "hf_checkpoint_files", "tokens_per_micro_batch",
-    "gpu_memory_limit_gib", "base_precision", "fast_path",
+    "cuda_graphs", "on_nonfinite", "deterministic", "hf_checkpoint_files", "save_in_background", "tokens_per_micro_batch",
+    "gpu_memory_limit_gib", "activation_offloading", "base_precision", "fast_path",
 }  # fmt: skip
 NEW_IN_5_23 = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # the oldest supported version is 5.17
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in THEIR_FIELDS else "gradient_checkpointing"

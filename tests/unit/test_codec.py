@@ -39,7 +39,7 @@ def test_a_tree_of_very_many_tensors_needs_to_be_expected(tmp_path: Path) -> Non
 def test_a_log_that_is_too_long_keeps_its_newest_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run can be resumed, and ends as it would have; the whole log is in metrics.jsonl."""
     whole = short_trainer(output_dir="whole", save_strategy="steps", save_steps=4)
-    monkeypatch.setattr("etude.recovery.LOG", JsonLimits(1 << 20, 10**6, 8))
+    monkeypatch.setattr("etude.contents.LOG", JsonLimits(1 << 20, 10**6, 8))
     whole.train()
     assert len(logged(whole, "loss")) == 10
     written = json.loads(Path("whole/checkpoint-8/trainer_state.json").read_text())["log_history"]

@@ -370,17 +370,9 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     quick_unpacking: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_model, "NEEDED_BYTES", 1 << 60)
-    with pytest.raises(ModelError, match="XDG_CACHE_HOME"):
+    with pytest.raises(ModelError, match="ETUDE_CACHE"):
         base_model.ensure_base_model(tmp_path, lambda line: None)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_cache_lies_where_the_user_keeps_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert base_model.default_cache_dir() == tmp_path / "etude"
-    for ignored in ("relative/cache", ""):
-        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
-        assert base_model.default_cache_dir() == Path.home() / ".cache" / "etude"
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from etude.model.capabilities import head_obstacle, missing_capabilities, read_head
-from etude.model.paths import PROBE_LENGTHS, GeneralPath, PackedPath, choose_path, probe_batch
+from etude.model.paths import PROBE_LENGTHS, GeneralPath, PackedPath, choose_path, probe_batch, relative_difference
 from tiny import IGNORED, Batch, Padded, causal_lora, language_rows, tiny_bert, tiny_gemma3, tiny_llama, tiny_t5
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -48,6 +48,28 @@ def test_a_lora_model_is_packed_and_says_how() -> None:
 def test_a_model_is_packed_under_autocast_and_in_bfloat16(dtype: torch.dtype) -> None:
     assert decide(causal_lora().to(dtype), training_dtype=torch.bfloat16).name == "packed"
     assert decide(causal_lora().to(dtype)).name == "packed"
+
+
+def test_in_bfloat16_a_cpu_keeps_the_layers_of_the_model() -> None:
+    path = decide(causal_lora().to(torch.bfloat16))
+    assert isinstance(path, PackedPath) and path.plan.blocks == []
+    assert "decoder layers as the model computes them: in half precision a CPU is faster so" in path.reasons
+
+
+def test_equal_to_the_attention_that_the_model_writes_out_is_equal_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model's own attention functions round further apart than is admitted, one of them must be met."""
+    model = causal_lora().to(torch.bfloat16)
+    compared: list[float] = []
+
+    def far_from_the_first(values: Tensor, reference: Tensor) -> float:
+        compared.append(relative_difference(values, reference))
+        return 1.0 if len(compared) == 1 else compared[-1]
+
+    monkeypatch.setattr("etude.model.paths.relative_difference", far_from_the_first)
+    before = model.config._attn_implementation
+    assert decide(model).name == "packed"
+    assert compared[1] <= compared[0]
+    assert model.config._attn_implementation == before
 
 
 def test_one_row_without_padding_is_enough_to_decide() -> None:

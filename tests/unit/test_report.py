@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import time
 from collections.abc import Callable
 from datetime import datetime
 from html.parser import HTMLParser
@@ -21,7 +22,8 @@ from etude.callbacks import TrainerControl, TrainerState
 from etude.cli import main as command
 from etude.errors import ConfigError, MissingDependencyError
 from etude.observe import run_log
-from etude.observe.console import PrinterCallback, ProgressCallback, SmoothedLoss, extended
+from etude.observe.concerns import starvation
+from etude.observe.console import PrinterCallback, ProgressCallback, SmoothedLoss, extended, speed_words
 from etude.observe.curves import Chart, Curve, charts_of, frame_of, label_of, loss_chart, png, svg, ticks
 from etude.observe.report import Report, ShownSample, page, write, write_atomically
 from etude.observe.start_screen import Concern
@@ -426,6 +428,62 @@ def test_speed_counts_steps_and_not_evaluations() -> None:
     assert meter.figures == {} and meter.seconds_left is None
 
 
+def waiting_meter(shares: list[float], seconds: float = 2.0) -> ThroughputCallback:
+    """A meter that saw a logged step of some seconds for each share of it that was spent waiting."""
+    clock, control, args = Clock(), TrainerControl(), SimpleNamespace(device="cpu")
+    meter = ThroughputCallback(clock)
+    with meter.waiting_for_data():  # the first step is loaded before training begins, which nobody waits for
+        clock.now += 50
+    meter.on_train_begin(args, TrainerState(max_steps=10), control)
+    for step, share in enumerate(shares, start=1):
+        state = TrainerState(global_step=step, max_steps=10)
+        with meter.waiting_for_data():
+            clock.now += share * seconds
+        clock.now += (1 - share) * seconds
+        meter.on_step_end(args, state, control)
+        meter.on_log(args, state, control, logs={"loss": 1.0})
+    return meter
+
+
+def test_a_loader_that_starves_the_device_is_seen() -> None:
+    meter = waiting_meter([0.1, 0.5])
+    assert meter.figures["waiting_for_data"] == 0.5
+    assert meter.mean_waiting_for_data == pytest.approx(0.3) and meter.seconds_waited == pytest.approx(1.2)
+    assert speed_words(meter)[0] == "waits for data 50%"
+    assert not any("data" in word for word in speed_words(waiting_meter([0.05])))
+
+
+def test_what_starved_a_run_is_said_at_its_end() -> None:
+    def said(share: float, seconds: float = 60, num_workers: int = 0, is_on_gpu: bool = False) -> str | None:
+        return starvation(waiting_meter([share], seconds), num_workers=num_workers, is_on_gpu=is_on_gpu)
+
+    assert said(0.4) == (
+        "40% of the training time went into waiting for rows; dataloader_num_workers=2 prepares batches in processes of "
+        "their own"
+    )
+    assert "more than 3 dataloader_num_workers" in str(said(0.4, num_workers=3))
+    assert str(said(0.4, is_on_gpu=True)).startswith("up to 40%")
+    assert said(0.05) is None and said(0.4, seconds=10) is None
+    assert starvation(ThroughputCallback(), num_workers=0, is_on_gpu=False) is None
+
+
+def test_a_slow_dataset_is_in_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Slow(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            time.sleep(0.02)
+            return super().__getitem__(index)
+
+    monkeypatch.setattr("etude.observe.concerns.NOTABLE_WAIT_SECONDS", 0.0)
+    trainer = short_trainer(max_steps=3, logging_steps=1)
+    trainer.train_dataset = Slow(trainer.train_dataset)
+    trainer.train()
+    share = trainer.throughput.mean_waiting_for_data
+    assert share is not None and 0.2 < share <= 1
+    assert "of the training time went into waiting for rows" in capsys.readouterr().err
+    page = write_report(trainer).read_text()
+    assert "waiting for data" in page and "went into waiting for rows" in page
+
+
 def test_speed_is_in_the_metrics_file_and_the_lines_and_nowhere_else(capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[set[str]] = []
 
@@ -435,7 +493,7 @@ def test_speed_is_in_the_metrics_file_and_the_lines_and_nowhere_else(capsys: pyt
 
     trainer = short_trainer(num_train_epochs=1, callbacks=[Watcher()])
     trainer.train()
-    extra = {"tokens_per_second", "padding_avoided", "memory_gib"}
+    extra = {"tokens_per_second", "padding_avoided", "waiting_for_data", "memory_gib"}
     assert not any(extra & keys for keys in seen)
     assert not any(extra & set(entry) for entry in trainer.state.log_history)
     rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]

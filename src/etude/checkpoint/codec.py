@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,13 @@ def save_tree(folder: Path, name: str, tree: Any, max_tensors: int = MAX_TENSORS
     if tensors:
         save_file(tensors, str(folder / f"{name}.safetensors"))
     (folder / f"{name}.json").write_bytes(raw)
+
+
+def save_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files whose content is known already, by their names in `folder`."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def load_tree(folder: Path, name: str, max_tensors: int = MAX_TENSORS) -> Any:

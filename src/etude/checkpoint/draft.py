@@ -191,7 +191,8 @@ class Draft:
             inside = str(error.filename or "").startswith(str(self.path))
             return error.errno if inside or error.errno in STORAGE_ERRORS else None
         match = _OS_ERROR_IN_TEXT.search(str(error)) if isinstance(error, Exception) else None
-        return int(match[1]) if match and int(match[1]) in STORAGE_ERRORS else None
+        inside = str(self.path) in str(error)  # as where the folder is moved or deleted meanwhile
+        return int(match[1]) if match and (inside or int(match[1]) in STORAGE_ERRORS) else None
 
     def _fail(self, error: OSError, shown: Path, needed_bytes: int, *, cause: BaseException) -> NoReturn:
         free = megabytes(estimate_free_bytes(self._final.parent))

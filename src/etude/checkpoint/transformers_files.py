@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from etude.checkpoint.copies import on_host
 
-def write_optimizer_and_scheduler(folder: Path, optimizer: Any, lr_scheduler: Any) -> None:
-    _write(optimizer.state_dict(), folder / "optimizer.pt")
-    _write(lr_scheduler.state_dict(), folder / "scheduler.pt")
+
+def write_optimizer_and_scheduler(folder: Path, optimizer_state: Any, schedule: Any) -> None:
+    """Tensors are written as ones of the host: they can be read where there is no such GPU."""
+    _write(on_host(optimizer_state), folder / "optimizer.pt")
+    _write(schedule, folder / "scheduler.pt")
 
 
 def _write(content: Any, file: Path) -> None:
@@ -29,7 +32,8 @@ def write_scaler(folder: Path, scaler_state: dict[str, Any]) -> None:
         _write(state, folder / "scaler.pt")
 
 
-def write_random_state(folder: Path) -> None:
+def random_states() -> dict[str, Any]:
+    """The states of the global generators as `transformers` names them."""
     states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -37,9 +41,13 @@ def write_random_state(folder: Path) -> None:
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.random.get_rng_state()
+    return states
+
+
+def write_random_states(folder: Path, states: dict[str, Any]) -> None:
     _write(states, folder / "rng_state.pth")
 
 
-def write_arguments(folder: Path, args: Any) -> None:
+def write_arguments(folder: Path, settings: dict[str, Any]) -> None:
     """`training_args.bin`, which tools look for; it holds the plain settings, not an object of ours."""
-    _write(args.to_dict(), folder / "training_args.bin")
+    _write(settings, folder / "training_args.bin")

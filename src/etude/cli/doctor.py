@@ -195,13 +195,14 @@ def storage() -> Iterator[Finding]:
     """Free disk here, and where models are kept."""
     from etude.observe.amounts import of_bytes
     from etude.observe.machine import free_disk_bytes
+    from etude.private_cache import default_cache_dir
 
     free = free_disk_bytes(".")
     if free is not None:
         is_enough = free >= NEEDED_DISK_BYTES
         way_out = "" if is_enough else "checkpoints may not fit; name another --output"
         yield Finding(GOOD if is_enough else MISSING, "this folder", f"{of_bytes(free)} free", way_out)
-    for name, folder in (("etude cache", etude_cache()), ("hub cache", hub_cache())):
+    for name, folder in (("etude cache", default_cache_dir()), ("hub cache", hub_cache())):
         there = folder if folder.exists() else next(parent for parent in folder.parents if parent.exists())
         is_writable = os.access(there, os.W_OK)
         free = free_disk_bytes(folder)
@@ -211,13 +212,22 @@ def storage() -> Iterator[Finding]:
             GOOD if is_writable else MISSING,
             name,
             f"{folder}{state}{amount}",
-            "" if is_writable else "not writable: set XDG_CACHE_HOME or HF_HOME to a folder that is",
+            "" if is_writable else "not writable: set XDG_CACHE_HOME, ETUDE_CACHE or HF_HOME to a folder that is",
         )
+    yield kept_tokens()
 
 
-def etude_cache() -> Path:
-    """Where unpacked base models lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "etude"
+def kept_tokens() -> Finding:
+    """How much room the tokens of earlier runs take."""
+    from etude.data.cache import entries_in
+    from etude.data.kept_tokens import token_cache_dir
+    from etude.observe.amounts import counted, of_bytes
+
+    folder = token_cache_dir()
+    entries = entries_in(folder)
+    total = of_bytes(sum(size for _, size in entries))
+    said = f"{total} of {counted(len(entries), 'data set')} in {folder}; delete the folder to clear them"
+    return Finding(GOOD, "kept tokens", said if entries else "none")
 
 
 def hub_cache() -> Path:

@@ -90,6 +90,11 @@ REASONS: dict[str, Reason] = {
         "Reading everything first finds a bad row now and not in three hours. It is for data that does not fit the memory.",
         "judgement",
     ),
+    "keep_tokens": Reason(
+        "Tokenizing the same rows in the same way again gives the same tokens. They are found by the content of the files, "
+        "the tokenizer and the settings, checked before they are used, and lie where only you can read them.",
+        "judgement",
+    ),
     "format": Reason("Files say what they are by their fields.", default="that of the first good row"),
     "early_stopping_patience": Reason(
         "One bad evaluation is noise, two are a trend. The best adapter is kept either way.", "judgement", unit="evaluations"

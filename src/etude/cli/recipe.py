@@ -57,6 +57,7 @@ class Recipe:
     template: str | None = None
     train_on: Literal["completion", "last", "all"] = "completion"
     on_bad_row: Literal["stop", "skip"] = "stop"
+    keep_tokens: bool = True
     max_length: int | None = None
     global_batch_size: int | None = None
     early_stopping_patience: int = 2
@@ -90,6 +91,7 @@ MEANING = {
     "template": "chat template: a Jinja file, one of the tokenizer's by name, or plain",
     "train_on": "what is learned of a row: completion, last (its last turn) or all",
     "on_bad_row": "stop at a bad row, or skip and count it",
+    "keep_tokens": "keep the tokens of the rows in the user's cache, for the next run on the same data",
     "max_length": "longest sample in tokens; longer ones are cut and counted",
     "global_batch_size": "rows per update over all processes",
     "early_stopping_patience": "evaluations without a new best before the run stops; 0: never",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HUB_LIKE = re.compile(r"[\w.-]+/[\w.-]+")
 LOOKED_THROUGH_ROWS = 64
-"""Of a stream, to find prompts among."""
+"""To find prompts among."""
 
 
 class Rows(NamedTuple):
@@ -32,6 +32,8 @@ class Rows(NamedTuple):
     asked: Sequence[Row]
     """Rows to take sample prompts from: held-out ones where there are any."""
     asked_format: str
+    num_read: int | None = None
+    """Training rows before those are left out that cannot be trained on; None where they are streamed."""
 
 
 def require_sources(key: str, sources: Sources | None) -> None:
@@ -80,8 +82,9 @@ def encode_sets(
     eval_rows = encode_rows(eval_set, tokenizer, **options) if eval_set is not None else None
     if train_set is not None:
         train_rows = encode_rows(train_set, tokenizer, **options)
-        asked = eval_set if eval_set is not None else train_set
-        return Rows(train_rows, eval_rows, train_set.format, asked, asked.format)
+        source = eval_set if eval_set is not None else train_set
+        asked = list(source[: max(LOOKED_THROUGH_ROWS, chosen.samples)])
+        return Rows(train_rows, eval_rows, train_set.format, asked, source.format, len(train_set))
     paths = [source.path for source in sources_of("data", chosen.data)]
     stream = StreamedRows(paths, tokenizer, format=chosen.format, **options)
     if eval_set is not None:

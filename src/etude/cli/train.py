@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -136,6 +137,7 @@ def run(settings: Settings, *, resume: str, dry_run: bool, check: bool = False, 
     """
     from etude.cli import recipe
     from etude.cli.rows import require_sources, require_streamable
+    from etude.collection import paused
 
     chosen = recipe.build(settings)
     # Wrong values are answered now, before seconds go into imports and minutes into loading.
@@ -149,20 +151,22 @@ def run(settings: Settings, *, resume: str, dry_run: bool, check: bool = False, 
 
         read_given(chosen.sample_prompts)
 
-    prepared = prepare(chosen, settings, trust_remote_code=trust_remote_code)
+    with paused():
+        prepared = prepare(chosen, settings, trust_remote_code=trust_remote_code)
+        trainer = build_trainer(prepared)
     is_first_process = int(os.environ.get("RANK", "0")) == 0
     if check:
         is_rounded = prepared.args.bf16 or prepared.args.fp16
-        found = build_trainer(prepared).check(reference_dtype="float32" if is_rounded else None)
+        found = trainer.check(reference_dtype="float32" if is_rounded else None)
         typer.echo(found.describe())
         raise typer.Exit(0 if found.is_fine else 1)
     if not dry_run:
-        execute(prepared, start, is_first_process=is_first_process)
+        execute(prepared, trainer, start, is_first_process=is_first_process)
     elif is_first_process:
         from etude.cli.screen import show_without_training
 
         typer.echo(resolution(prepared, settings))
-        show_without_training(build_trainer(prepared))
+        show_without_training(trainer)
         typer.echo("dry run: everything above was checked, nothing was trained or written")
 
 
@@ -209,12 +213,14 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
 
     from etude.cli.defaults import Facts, training_settings
     from etude.cli.display import bars_for_people_only
+    from etude.cli.kept_rows import KeptRows
     from etude.cli.rows import build_samples, encode_sets, read_sets
     from etude.cli.voice import use_template
     from etude.model.load import attach_lora, load_base_model
 
     bars_for_people_only()
-    train_set, eval_set = read_sets(chosen)
+    kept = KeptRows(chosen)
+    sets = None if kept.are_likely() else read_sets(chosen)  # what is wrong with a row is said before a model is loaded
     said = training_arguments(chosen.training, chosen.output, settings)
     has_gpu = torch.cuda.is_available() and not said.use_cpu
     has_bfloat16_gpu = has_gpu and torch.cuda.is_bf16_supported()
@@ -232,7 +238,11 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
     limit = chosen.max_length or getattr(text_config, "max_position_embeddings", None)
     options: dict[str, Any] = {"max_length": limit, "train_on": chosen.train_on, "on_bad_row": chosen.on_bad_row}
     options["template"] = use_template(tokenizer, chosen.template)
-    rows = encode_sets(chosen, train_set, eval_set, tokenizer, **options)
+    rows = kept.load(tokenizer, options)
+    if rows is None:
+        started = time.monotonic()
+        rows = encode_sets(chosen, *(sets or read_sets(chosen)), tokenizer, **options)
+        kept.store(rows, tokenizer, options, time.monotonic() - started)
     samples = build_samples(chosen, tokenizer, rows)
 
     facts = Facts(
@@ -241,7 +251,7 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
         num_eval_rows=len(rows.evaluation) if rows.evaluation is not None else 0,
         model_type=str(model.config.model_type),
         hidden_size=getattr(text_config, "hidden_size", None),
-        num_train_rows=len(train_set) if train_set is not None else None,
+        num_train_rows=rows.num_read,
     )
     training = training_settings(chosen, facts)
     args = training_arguments(training, chosen.output, settings)
@@ -325,7 +335,7 @@ def build_trainer(prepared: Prepared) -> ScreenTrainer:
     return trainer
 
 
-def execute(prepared: Prepared, start: str | bool, *, is_first_process: bool) -> None:
+def execute(prepared: Prepared, trainer: ScreenTrainer, start: str | bool, *, is_first_process: bool) -> None:
     """Train, keep the best adapter in the output folder with its report, and say how it went.
 
     A run that is stopped or fails leaves a report as well.
@@ -334,7 +344,6 @@ def execute(prepared: Prepared, start: str | bool, *, is_first_process: bool) ->
     from etude.cli.screen import finish, finish_early
 
     recipe, samples = prepared.recipe, prepared.samples
-    trainer = build_trainer(prepared)
     if is_first_process:
         Path(recipe.output).mkdir(parents=True, exist_ok=True)
         save(recipe, Path(recipe.output))

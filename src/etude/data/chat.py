@@ -115,15 +115,17 @@ def _chosen(row: Rendered, train_on: TrainOn) -> list[Span]:
 
 
 def _render_chats(chats: Iterable[list[Chat]], template: str, tokenizer: Any) -> Iterator[list[Rendered | Refused]]:
-    if _renders_by_itself(tokenizer):
+    if renders_by_itself(tokenizer):
         return ([_by_tokenizer(chat, tokenizer) for chat in chunk] for chunk in chats)
     markers = special_tokens(tokenizer)
     rendered = renderer.render(template, tokenizer.special_tokens_map, chats)
     return ([_through_end_of_turn(row, markers) for row in chunk] for chunk in rendered)
 
 
-def _renders_by_itself(tokenizer: Any) -> bool:
+def renders_by_itself(tokenizer: Any) -> bool:
     """Whether a tokenizer has its own code for chats (`mistral-common`) instead of transformers' Jinja."""
+    if not hasattr(tokenizer, "apply_chat_template"):
+        return False
     from transformers import PreTrainedTokenizerBase
 
     return type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template

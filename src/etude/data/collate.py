@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from etude.data.tokens import IGNORED
+from etude.data.encoding import IGNORED
 from etude.errors import ConfigError, DataError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from etude.data.collate import CausalLMCollator
-from etude.data.tokens import IGNORED
+from etude.data.encoding import IGNORED
 from etude.errors import ConfigError
 
 

@@ -87,9 +87,10 @@ class EpochBatches(Sampler[list[int]]):
         return self.sampler.order()[number * self.batch_size : (number + 1) * self.batch_size].tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(self.sampler)
+        order = self.sampler.order() if type(self.sampler) is EpochSampler else list(self.sampler)
         for number in range(self.first_batch, len(self)):
-            batch = NumberedBatch(order[number * self.batch_size : (number + 1) * self.batch_size])
+            rows = order[number * self.batch_size : (number + 1) * self.batch_size]
+            batch = NumberedBatch(rows.tolist() if isinstance(rows, torch.Tensor) else rows)
             batch.epoch, batch.number = self.epoch, number
             yield batch
 

@@ -16,6 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, overload
 
+import numpy as np
+
+from etude.data.compact import JsonRows
 from etude.data.formats import FORMATS, Problem, Row, detect_format, expected_fields, row_problem
 from etude.data.hub import is_hub_name, read_hub_rows
 from etude.data.readers import COMPRESSED_SUFFIXES, READERS, Record, is_saved_dataset, read_records
@@ -56,6 +59,10 @@ class Origins:
             chosen.append(*self.place(index))
         return chosen
 
+    def columns(self) -> tuple[array[int], array[int]]:
+        """The number of the file, and the line, of every row."""
+        return self._file_of_row, self._line_of_row
+
 
 class RowSet(Sequence[Row]):
     """Checked rows of one format, each with its origin.
@@ -66,14 +73,17 @@ class RowSet(Sequence[Row]):
         rejected: one `DataError` for each row that was skipped (`on_bad_row="skip"`), in reading order.
     """
 
-    def __init__(self, format: str, rows: list[Row], origins: Origins) -> None:
+    def __init__(
+        self, format: str, rows: list[Row] | JsonRows, origins: Origins, chosen: Sequence[int] | None = None
+    ) -> None:
         self.format = format
         self.origins = origins
         self.rejected: list[DataError] = []
         self._rows = rows
+        self._chosen = None if chosen is None else array("Q", chosen)  # None: all of `rows` in their order
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) if self._chosen is None else len(self._chosen)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -82,18 +92,30 @@ class RowSet(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | RowSet:
         if isinstance(index, slice):
             return self.subset(range(*index.indices(len(self))))
-        return self._rows[index]
+        return self._rows[index if self._chosen is None else self._chosen[index]]
 
     def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows)
+        return iter(self._rows) if self._chosen is None else (self._rows[index] for index in self._chosen)
+
+    def as_json(self, indices: range) -> bytes:
+        """A JSON list of the rows at `indices`, as they were kept where that is JSON already.
+
+        Raises:
+            TypeError, ValueError: a row has values that JSON has no word for.
+        """
+        if isinstance(self._rows, list):
+            return json.dumps([self[index] for index in indices]).encode()
+        numbers = indices if self._chosen is None else [self._chosen[index] for index in indices]
+        return b"[" + b",".join(map(self._rows.as_json, numbers)) + b"]"
 
     def origin(self, index: int) -> tuple[str, int]:
         """The file and the line (from 1; the row number in Parquet files and lists) that row `index` came from."""
         return self.origins.at(index)
 
     def subset(self, indices: Sequence[int]) -> RowSet:
-        """The rows at `indices`, in that order, with their origins."""
-        return RowSet(self.format, [self._rows[index] for index in indices], self.origins.subset(indices))
+        """The rows at `indices`, in that order, with their origins. No row is copied."""
+        chosen = indices if self._chosen is None else array("Q", (self._chosen[index] for index in indices))
+        return RowSet(self.format, self._rows, self.origins.subset(indices), chosen)
 
     def describe(self) -> str:
         """One line for the start screen: `999 rows from train.jsonl, format 'alpaca' (instruction + output)`."""
@@ -134,7 +156,9 @@ def read_rows(source: Source, on_bad_row: OnBadRow = "stop", format: str | None 
         files = {IN_MEMORY: (Record(number, row) for number, row in enumerate(source, start=1))}
     else:
         files = {str(file): _records_of(file) for file in files_of(source)}  # type: ignore[arg-type]
-    rows = RowSet(format or "", [], Origins(list(files)))
+    rows = RowSet(
+        format or "", [] if isinstance(source, list) and IN_MEMORY in files else JsonRows(), Origins(list(files))
+    )
     for index, record in ((index, record) for index, records in enumerate(files.values()) for record in records):
         rows.format, problem = checked(record, rows.format)
         if problem is None:
@@ -231,9 +255,10 @@ def split_by_hash(rows: RowSet, fraction: float, seed: int = 0) -> tuple[RowSet,
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"expected a share of at least 0 and below 1, got {fraction}", field="fraction")
-    held_out = [_hash_share(row, seed) < fraction for row in rows]
-    train = rows.subset([index for index, is_held_out in enumerate(held_out) if not is_held_out])
-    return train, rows.subset([index for index, is_held_out in enumerate(held_out) if is_held_out])
+    held_out = np.fromiter((_hash_share(row, seed) < fraction for row in rows), dtype=bool, count=len(rows))
+    sides = (array("Q", np.flatnonzero(side).astype(np.uint64).tobytes()) for side in (~held_out, held_out))
+    train, evaluation = map(rows.subset, sides)
+    return train, evaluation
 
 
 def repeat_by_weight(rows: RowSet, weights: Sequence[tuple[str | Path, float]]) -> RowSet:
@@ -243,11 +268,13 @@ def repeat_by_weight(rows: RowSet, weights: Sequence[tuple[str | Path, float]]) 
         weights: (file or folder, weight) pairs. Weight 2 has every row twice, 0.25 a quarter of the rows; rows of
             other files stay as they are.
     """
-    of_file = {str(file): weight for source, weight in weights for file in files_of(source)}
-    chosen: list[int] = []
+    of_file = {str(file): weight for source, weight in weights if weight != 1 for file in files_of(source)}
+    if not of_file:
+        return rows
+    chosen = array("Q")
     for index, row in enumerate(rows):
         times, share = divmod(of_file.get(rows.origin(index)[0], 1.0), 1)
-        chosen += [index] * (int(times) + (_hash_share(row, seed=1) < share))
+        chosen.extend([index] * (int(times) + (_hash_share(row, seed=1) < share)))
     return rows.subset(chosen)
 
 

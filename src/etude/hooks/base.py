@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from etude.observe.memory import MemoryUse
     from etude.observe.throughput import ThroughputCallback
     from etude.precision import Precision
-    from etude.recovery import SaveAttempts
     from etude.run import Run
+    from etude.saves import SaveAttempts
 
 
 class Composition:

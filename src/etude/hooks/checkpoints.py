@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from etude import contents
 from etude.callbacks import ExportableState, TrainerState
-from etude.checkpoint import codec, transformers_files
+from etude.checkpoint import codec
 from etude.checkpoint.store import CheckpointStore
 from etude.errors import CheckpointError
 from etude.hooks.base import Composition
 from etude.model import adapter
-from etude.recovery import save_checkpoint
-
-if TYPE_CHECKING:
-    from etude.trainer import Trainer
 
 
 class CheckpointHooks(Composition):
@@ -25,45 +22,31 @@ class CheckpointHooks(Composition):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapters (or the whole model where there are none), and the tokenizer."""
+        if self._run is not None and not _internal_call:
+            self._run.saves.settle()  # peft changes its settings for a moment while it writes them
         self.call_hook(self._save, output_dir or self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         adapter.save_weights(self.model, folder, state_dict)
-        processor = (
-            self.processing_class
-            if self.processing_class is not None
-            else getattr(self.data_collator, "tokenizer", None)
-        )
-        if processor is not None and hasattr(processor, "save_pretrained"):
+        processor = contents.processor_of(self)
+        if processor is not None:
             processor.save_pretrained(str(folder))
-        if self.args.hf_checkpoint_files:
-            transformers_files.write_arguments(folder, self.args)
+        contents.write_arguments(folder, contents.arguments_of(self))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self._run is not None
         self.store_flos()
-        save_checkpoint(cast("Trainer", self), self._run, trial)
+        self._run.saves.save(trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        folder = Path(output_dir)
-        names = adapter.parameter_names(self.model)
-        tree = codec.optimizer_tree(self.optimizer, names)
-        codec.save_tree(folder, "optimizer", tree, codec.max_optimizer_tensors(names))
-        codec.save_tree(folder, "scheduler", self.lr_scheduler.state_dict())
-        if self.args.hf_checkpoint_files:
-            transformers_files.write_optimizer_and_scheduler(folder, self.optimizer, self.lr_scheduler)
+        contents.write_optimizer(Path(output_dir), contents.optimizer_of(self, adapter.parameter_names(self.model)))
 
     def _save_scaler(self, output_dir: str) -> None:
-        assert self._run is not None
-        codec.save_tree(Path(output_dir), "scaler", self._run.scaler.state())
-        if self.args.hf_checkpoint_files:
-            transformers_files.write_scaler(Path(output_dir), self._run.scaler.state())
+        contents.write_scaler(Path(output_dir), contents.scaler_of(self))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        codec.save_tree(Path(output_dir), "rng", codec.random_tree())
-        if self.args.hf_checkpoint_files:
-            transformers_files.write_random_state(Path(output_dir))
+        contents.write_random(Path(output_dir), contents.random_of(self))
 
     def collect_callback_states(self) -> None:
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=self._stateful_callbacks()).stateful_callbacks

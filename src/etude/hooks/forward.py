@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -15,11 +16,22 @@ from etude.errors import DataError
 from etude.estimates import optimizer_state_bytes
 from etude.hooks.base import Composition, accepts, as_tuple
 from etude.kernels.cross_entropy import GPU_ROWS
+from etude.kernels.offload import measured_rates
 from etude.kernels.plan import CompileSwitch
 from etude.model import loss as model_loss
 from etude.model.graphs import GraphedLoss, graph_obstacle, launch_bound_tokens
-from etude.model.memory import HeadBytes, LayerBytes, MemoryPlan, TokenBudget, free_memory, plan_memory
+from etude.model.memory import (
+    HeadBytes,
+    LayerBytes,
+    MemoryPlan,
+    Rows,
+    TokenBudget,
+    free_memory,
+    plan_memory,
+    seconds_of,
+)
 from etude.model.packing import PackedBatch
+from etude.observe.machine import free_memory_bytes
 
 OUR_LAYERS, AS_RECORDED = "etude", "the checkpoint was made with the model's own layers"
 """A run goes on with the layers it began with: they draw their dropout in another way, and round in another place."""
@@ -93,28 +105,55 @@ class ForwardHooks(Composition):
         if given is None and self.args.deterministic and self.args.device.type == "cuda":
             given = DETERMINISTIC_TOKENS  # a measured budget could be another in the next run
         if self.path.plan.blocks and self.args.device.type == "cuda":
-            given = self._plan_memory(given, longest=int(inputs["attention_mask"].sum(dim=1).max()))
+            given = self._plan_memory(given, inputs)
         return Packed(TokenBudget(self.args.device, given), as_collated)
 
-    def _plan_memory(self, wanted_tokens: int | None, *, longest: int) -> int:
-        """Decide what our own layers keep for the backward pass; returns the token budget."""
-        plan, device = self.path.plan, self.args.device
-        memory_plan: MemoryPlan = plan_memory(
+    def _plan_memory(self, wanted_tokens: int | None, inputs: Any) -> int:
+        """Decide what our own layers keep for the backward pass, and where; returns the token budget."""
+        kernels, device = self.path.plan, self.args.device
+        num_layers, layer = len(kernels.blocks), LayerBytes(*kernels.layer_bytes())
+        rates = measured_rates(device, kernels.blocks[0].qkv.dtype)
+        tokens_of_rows = inputs["attention_mask"].sum(dim=1)
+        planned = functools.partial(
+            plan_memory,
             free_memory(device) - self._bytes_to_come(),
-            LayerBytes(*plan.layer_bytes()),
-            len(plan.blocks),
+            layer,
+            num_layers,
             HeadBytes(
-                OUTSIDE_BYTES_PER_WIDTH * plan.blocks[0].qkv.in_features,
+                OUTSIDE_BYTES_PER_WIDTH * kernels.blocks[0].qkv.in_features,
                 2 * GPU_ROWS * self.model.get_input_embeddings().num_embeddings,
             ),
             wanted_tokens,
-            longest,
+            int(tokens_of_rows.max()),
+            seconds=seconds_of(kernels.layer_operations(), rates.products, rates.copies),
+            rows=Rows(
+                len(tokens_of_rows) * self.args.gradient_accumulation_steps,
+                max(1.0, float(tokens_of_rows.float().mean())),
+            ),
         )
         if self.args.gradient_checkpointing or self.args.activation_checkpointing:
-            memory_plan = MemoryPlan(memory_plan.tokens, num_recomputed=len(plan.blocks))
-        plan.keep(num_recomputed=memory_plan.num_recomputed, num_without_gates=memory_plan.num_without_gates)
-        self.notices.say(memory_plan.describe(len(plan.blocks)))
+            memory_plan = MemoryPlan(planned().tokens, num_recomputed=num_layers)
+        else:
+            host_room = (free_memory_bytes() or 0) if self.args.activation_offloading else 0
+            memory_plan = planned(host_room=host_room)
+        try:
+            self._keep(memory_plan, layer)
+        except RuntimeError as error:  # whatever kept the machine from pinning so much
+            self.notices.say(f"nothing is kept in host memory: {str(error).strip().splitlines()[0]}")
+            memory_plan = planned()
+            self._keep(memory_plan, layer)
+        self.notices.say(memory_plan.describe(num_layers))
         return memory_plan.tokens
+
+    def _keep(self, memory_plan: MemoryPlan, layer: LayerBytes) -> None:
+        self.path.plan.keep(
+            num_recomputed=memory_plan.num_recomputed,
+            num_without_gates=memory_plan.num_without_gates,
+            num_offloaded=memory_plan.num_offloaded,
+            recomputes_offloaded=memory_plan.recomputes_offloaded,
+            in_flight=memory_plan.in_flight,
+            host_bytes=memory_plan.host_bytes(layer),
+        )
 
     def _bytes_to_come(self) -> int:
         """Gradients, the optimizer's state, and workspaces."""

@@ -103,14 +103,15 @@ class ProgressHooks(Composition):
         return asked and self.args.save_strategy != "no"
 
     def _try_to_save(self, model: nn.Module, trial: Any) -> None:
-        try:
-            self.call_hook(self._save_checkpoint, model, trial=trial)
-        except CheckpointError as error:
-            is_final = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
-            self._save_attempts.failed(error, is_final=is_final, say=self.notices.say)
-            self.control.should_save = False
-            return
-        self._save_attempts.succeeded()
+        assert self._run is not None
+        is_final = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        with self._run.saves.beside_training(allowed=not is_final):
+            try:
+                self.call_hook(self._save_checkpoint, model, trial=trial)
+            except CheckpointError as error:
+                self._save_attempts.failed(error, is_final=is_final, say=self.notices.say)
+                self.control.should_save = False
+                return
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

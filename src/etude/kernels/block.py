@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from etude.kernels.projection import Drop, Projection, operations
+from etude.kernels.reference import Reduction
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (T, H, d), k and v (T, K, d) -> (T, H d)."""
@@ -95,6 +96,8 @@ class Block:
     """False makes g and u again in the backward pass: two thirds of what a layer keeps, for a fifth of its time."""
     recomputes: bool = False
     """True keeps h alone and runs the layer again in the backward pass."""
+    shelve: Callable[[Callable[[], Tensor], tuple[Tensor, ...]], Tensor] | None = None
+    """Runs the layer and puts what it keeps, but the tensors given, on the shelf of `offload`; None keeps it here."""
     calls_seen: list[Call] | None = None
     """A list here receives what the layer is called with: what a comparison with the layer's own forward asks for."""
     projections: tuple[Projection, ...] = field(init=False)
@@ -120,9 +123,17 @@ class Block:
         if self.query_norm is not None:
             kept += queries + keys
         kept += width * ((self.attention_norm is not None) + (self.down_norm is not None))
-        passing = 2 * gates + gates // 2 + 3 * width + queries
+        passing = gates + gates // 2 + 3 * width + queries
         scales = 4 * (4 + self.num_heads)
         return kept * self.qkv.dtype.itemsize + scales, passing * self.qkv.dtype.itemsize
+
+    def operations_per_token(self) -> tuple[int, int, int]:
+        """Operations of the products of a forward pass, of making the gates again, and of making all but the output again."""
+        forward, gates, down = (
+            sum(2 * part.in_features * part.out_features for part in parts)
+            for parts in (self.projections, (self.gate_up,), (self.down,))
+        )
+        return forward, gates, forward - down
 
     def forward(
         self,
@@ -142,19 +153,24 @@ class Block:
             options |= {"past_key_values": past_key_values, "position_embeddings": position_embeddings}
             return own(self.layer, hidden_states, **options)
         if self.calls_seen is not None:
-            self.calls_seen.append(Call(hidden_states[0].detach(), position_embeddings, options))
-        return self.run(hidden_states[0], position_embeddings, **options)[None]
+            self.calls_seen.append(Call(hidden_states.squeeze(0).detach(), position_embeddings, options))
+        # Not `hidden_states[0]`, whose gradient would be written into zeros of its own.
+        return self.run(hidden_states.squeeze(0), position_embeddings, **options)[None]
 
     def run(self, h_TD: Tensor, position_embeddings: Any, **options: Any) -> Tensor:
         """The layer's output (T, D); `options` are for the attention function."""
         cos, sin = (embedding[0] for embedding in position_embeddings)
         attend = self._attention(options)
         passing = Passing(attend, self._drops(h_TD.device))
-        if self.recomputes and torch.is_grad_enabled():
-            parameters = [p for projection in self.projections for p in projection.parameters]
-            result: Tensor = _Recomputed.apply(self, passing, h_TD, cos, sin, *parameters)  # type: ignore[no-untyped-call]
-            return result
-        return self._run(h_TD, cos, sin, passing)
+        run = self._run_twice if self.recomputes and torch.is_grad_enabled() else self._run
+        if self.shelve is None or not torch.is_grad_enabled():
+            return run(h_TD, cos, sin, passing)
+        return self.shelve(lambda: run(h_TD, cos, sin, passing), (cos, sin))
+
+    def _run_twice(self, h_TD: Tensor, cos: Tensor, sin: Tensor, passing: Passing) -> Tensor:
+        parameters = [p for projection in self.projections for p in projection.parameters]
+        result: Tensor = _Recomputed.apply(self, passing, h_TD, cos, sin, *parameters)  # type: ignore[no-untyped-call]
+        return result
 
     def _run(self, h_TD: Tensor, cos: Tensor, sin: Tensor, passing: Passing) -> Tensor:
         query, key, value, h_TD = _AttentionInput.apply(self, passing, h_TD, cos, sin, *self.qkv.parameters)  # type: ignore[no-untyped-call]
@@ -291,12 +307,13 @@ class _Gated(torch.autograd.Function):
         with torch.autocast(middle_TD.device.type, enabled=False):
             drop = passing.drops.down
             gates, scale_T, reduced = _gates(block, middle_TD, passing.drops.gate_up)
-            x = block.down.gate_input(gates, block.activation)
+            update = block.gate_up.update(reduced)
+            x, reduced_down = block.down.gate_input(gates, update, block.activation, drop)
             if passing.only_for_backward and block.down_norm is None:
-                output, saved = torch.empty_like(middle_TD), [block.down.down(x, drop), None, None]
+                output, saved = torch.empty_like(middle_TD), [reduced_down, None, None]
             else:
-                output, *saved = _with_residual(block.down, x, middle_TD, block.down_norm, drop)
-        ctx.block, ctx.drops = block, passing.drops
+                output, *saved = _with_residual(block.down, x, middle_TD, block.down_norm, drop, reduced_down)
+        ctx.block, ctx.drops, ctx.only_for_backward = block, passing.drops, passing.only_for_backward
         ctx.save_for_backward(middle_TD, scale_T, reduced, gates if block.keeps_gates else None, *saved)
         return output
 
@@ -306,20 +323,26 @@ class _Gated(torch.autograd.Function):
         block: Block = ctx.block
         middle_TD, scale_T, reduced, gates, reduced_down, product, product_scale_T = ctx.saved_tensors
         kernels, norm = operations(grad.device), block.gated_norm
+        is_last_use = gates is None or ctx.only_for_backward
         if gates is None:
             gates, _, _ = _gates(block, middle_TD, ctx.drops.gate_up)
         down_grad = _undo_norm(grad, block.down_norm, product, product_scale_T)
-        gated_grad, reduced_down_grad = block.down.backward(down_grad, ctx.drops.down)
-        gates_grad = torch.empty_like(gates)
-        kernels.gate_backward(gated_grad, gates, block.activation, gates_grad, gated_grad)
-        # From here on `gated_grad` holds f(g) * u, the input of the last projection.
+        drop = ctx.drops.down
+        is_fused = drop is None and block.down.rank > 0
+        gated_grad, reduced_down_grad = block.down.backward(down_grad, drop, adds_update=not is_fused)
+        gates_grad = gates if is_last_use else torch.empty_like(gates)
+        reduction, x = (Reduction(reduced_down_grad, block.down.A), None) if is_fused else (None, gated_grad)
+        all_B, all_A = kernels.gate_updated_backward(
+            gated_grad, gates, block.gate_up.update(reduced), block.activation, gates_grad, reduction, x
+        )
+        # Where it is asked for, `gated_grad` holds the gated product from here on, the input of the last projection.
         of_down = block.down.adapter_gradients(
-            down_grad, reduced_down, reduced_down_grad, gated_grad, drop=ctx.drops.down
+            down_grad, reduced_down, reduced_down_grad, gated_grad, drop=drop, all_A=all_A
         )
         x_grad, reduced_grad = block.gate_up.backward(gates_grad, ctx.drops.gate_up)
         scaled = (reduced_grad * scale_T[:, None]).to(grad.dtype)
         of_gates = block.gate_up.adapter_gradients(
-            gates_grad, reduced, scaled, middle_TD, norm.weight, norm.offset, ctx.drops.gate_up
+            gates_grad, reduced, scaled, middle_TD, norm.weight, norm.offset, ctx.drops.gate_up, all_B=all_B
         )
         middle_grad = kernels.rms_norm_backward(x_grad, middle_TD, norm.weight, norm.offset, scale_T, grad)
         return None, None, middle_grad, *of_gates, *of_down
@@ -356,7 +379,7 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, norm: Norm | None) -> tupl
 
 
 def _gates(block: Block, middle_TD: Tensor, drop: Drop | None) -> tuple[Tensor, Tensor, Tensor]:
-    """[g, u] (T, 2F), the scales of the norm (T) and norm(m) A^T (T, R)."""
+    """[g, u] (T, 2F) without their update, the scales of the norm (T) and norm(m) A^T (T, R)."""
     norm = block.gated_norm
     x, scale_T = block.gate_up.norm_input(middle_TD, norm.weight, norm.offset, norm.eps)
     gates, reduced = block.gate_up.forward(x, drop=drop)
@@ -364,13 +387,18 @@ def _gates(block: Block, middle_TD: Tensor, drop: Drop | None) -> tuple[Tensor, 
 
 
 def _with_residual(
-    projection: Projection, x: Any, residual: Tensor, norm: Norm | None, drop: Drop | None
+    projection: Projection,
+    x: Any,
+    residual: Tensor,
+    norm: Norm | None,
+    drop: Drop | None,
+    reduced: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """residual + [norm](x W^T), x A^T, and what undoing the norm needs."""
     if norm is None:
-        output, reduced = projection.forward(x, residual, drop)
+        output, reduced = projection.forward(x, residual, drop, reduced)
         return output, reduced, None, None
-    product, reduced = projection.forward(x, drop=drop)
+    product, reduced = projection.forward(x, drop=drop, reduced=reduced)
     output = torch.empty_like(residual)
     scale_T = operations(product.device).rms_norm(product, norm.weight, norm.offset, norm.eps, output, residual)
     return output, reduced, product, scale_T

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from etude.kernels import reference
 from etude.kernels.projection import Adapter, Drop, Projection
+from etude.kernels.reference import Update
 
 FP8 = "fp8"
 LARGEST = 448.0
@@ -33,11 +34,12 @@ SMALLEST_ROW = 1e-30
 MULTIPLE = 16
 """Sizes of the products are multiples of 16, as the hardware's are."""
 
-ROUNDING = 0.15
+ROUNDING = 0.2
 """Largest difference of a layer from the one in bfloat16, of output and gradients, relative to their norm.
 
 Three bits of mantissa round a number by 2.6% in the root mean square, two operands by 3.7%, and a gradient comes through
-up to eight products in a row: 10%, half as much again where few large numbers carry the norm."""
+up to eight products in a row: 10%, twice as much where few large numbers carry the norm. Seen so far: 12%, on random
+weights and on those of a Gemma 3. A wrong scale or a wrong operand is off by all of it."""
 
 
 class Quantised(NamedTuple):
@@ -73,12 +75,6 @@ def rms_norm_quantised(
     """`reference.rms_norm`, and `quantise_rows` of what it wrote."""
     scale_T = reference.rms_norm(h_TD, weight_D, offset, eps, out_TD)
     return quantise_rows(out_TD), scale_T
-
-
-def gate_quantised(gate_up_T2F: Tensor, activation: str, out_TF: Tensor) -> Quantised:
-    """`reference.gate`, and `quantise_rows` of what it wrote."""
-    reference.gate(gate_up_T2F, activation, out_TF)
-    return quantise_rows(out_TF)
 
 
 def scaled_product(x: Quantised, weight: Quantised, num_rows: int, dtype: torch.dtype) -> Tensor:
@@ -129,8 +125,15 @@ class Fp8Projection(Projection):
     rounding = ROUNDING
     note = "frozen products in fp8; the weights in bfloat16 stay beside them, for evaluation and saving"
 
-    def __init__(self, linears: list[nn.Linear], adapters: list[Adapter | None], dtype: torch.dtype) -> None:
-        super().__init__(linears, adapters, dtype, extends_input=False)
+    def __init__(
+        self,
+        linears: list[nn.Linear],
+        adapters: list[Adapter | None],
+        dtype: torch.dtype,
+        *,
+        defers_update: bool = False,
+    ) -> None:
+        super().__init__(linears, adapters, dtype, defers_update=defers_update)
 
     def _store(self) -> Tensor:
         weight = torch.cat([member.linear.weight.detach() for member in self.members])
@@ -147,12 +150,14 @@ class Fp8Projection(Projection):
         quantised, scale_T = operations(h.device).rms_norm_quantised(h, weight, offset, eps, wide)
         return Input(wide, quantised), scale_T
 
-    def gate_input(self, gate_up: Tensor, activation: str) -> Any:
-        wide = self.input_buffer(gate_up.shape[0])
-        return Input(wide, operations(gate_up.device).gate_quantised(gate_up, activation, wide))
+    def gate_input(
+        self, gate_up: Tensor, update: Update, activation: str, drop: Drop | None = None
+    ) -> tuple[Any, Tensor]:
+        wide, reduced = super().gate_input(gate_up, update, activation, drop)
+        return Input(wide, operations(wide.device).quantise_rows(wide)), reduced
 
-    def down(self, x: Any, drop: Drop | None = None) -> Tensor:
-        return super().down(x.wide if isinstance(x, Input) else x, drop)
+    def reduce(self, x: Any, drop: Drop | None = None) -> Tensor:
+        return super().reduce(x.wide if isinstance(x, Input) else x, drop)
 
     def _product(self, x: Any, residual: Tensor | None) -> Tensor:
         quantised = x.quantised if isinstance(x, Input) else operations(x.device).quantise_rows(x)

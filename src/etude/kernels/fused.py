@@ -16,7 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from etude.kernels.reference import SILU
+from etude.kernels.fused_gate import gate as gate
+from etude.kernels.fused_gate import gate_backward as gate_backward
+from etude.kernels.fused_gate import gate_updated as gate_updated
+from etude.kernels.fused_gate import gate_updated_backward as gate_updated_backward
 
 ELEMENTS_PER_WARP = 1024
 """32 per thread: in bfloat16 four loads of 16 bytes under way per thread and tensor, and still no register is spilled."""
@@ -27,7 +30,7 @@ MAX_ROW_WARPS = 16
 ROTATE_ELEMENTS = 4096
 """Elements of one program of `rotate`: 32 heads of 128 by four warps, so that cos and sin are read once for them."""
 
-GATE_COLUMNS, GATE_WARPS = 1024, 4
+ELEMENT_COLUMNS, ELEMENT_WARPS = 1024, 4
 """One 16-byte piece per thread and tensor: small programs fill the last block of an odd width best."""
 
 COPY_ELEMENTS = 4096
@@ -109,30 +112,12 @@ def rotate_backward(
     )  # fmt: skip
 
 
-def gate(gate_up_T2F: Tensor, activation: str, out_TF: Tensor) -> None:
-    """`reference.gate`."""
-    T, F = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
-    _gate[(T * triton.cdiv(F, GATE_COLUMNS),)](
-        gate_up_T2F, out_TF, gate_up_T2F.stride(0), out_TF.stride(0), F, activation == SILU, GATE_COLUMNS,
-        num_warps=GATE_WARPS,
-    )  # fmt: skip
-
-
-def gate_backward(grad_TF: Tensor, gate_up_T2F: Tensor, activation: str, out_T2F: Tensor, product_TF: Tensor) -> None:
-    """`reference.gate_backward`; `product` may be `grad`, and `out` may be `gate_up`."""
-    T, F = grad_TF.shape
-    strides = (grad_TF.stride(0), gate_up_T2F.stride(0), out_T2F.stride(0), product_TF.stride(0))
-    _gate_backward[(T * triton.cdiv(F, GATE_COLUMNS),)](
-        grad_TF, gate_up_T2F, out_T2F, product_TF, *strides, F, activation == SILU, GATE_COLUMNS, num_warps=GATE_WARPS
-    )
-
-
 def drop(x_TI: Tensor, seed: Tensor, stream: int, share: float, out_TI: Tensor) -> None:
     """`reference.drop`, with Philox as its source of randomness: other elements, as many."""
     T, columns = x_TI.shape
     strides = (x_TI.stride(0), out_TI.stride(0))
-    _drop[(T * triton.cdiv(columns, GATE_COLUMNS),)](
-        x_TI, out_TI, seed, stream, *strides, share, columns, GATE_COLUMNS, num_warps=GATE_WARPS
+    _drop[(T * triton.cdiv(columns, ELEMENT_COLUMNS),)](
+        x_TI, out_TI, seed, stream, *strides, share, columns, ELEMENT_COLUMNS, num_warps=ELEMENT_WARPS
     )
 
 
@@ -147,7 +132,7 @@ def add_product(out_TI: Tensor, left_TR: Tensor, right_RI: Tensor) -> None:
     rank_block = max(triton.next_power_of_2(rank), 16)
     _add_product[(triton.cdiv(T, PRODUCT_ROWS) * triton.cdiv(columns, PRODUCT_COLUMNS),)](
         out_TI, left_TR, right_RI, *strides, T, columns, rank, rank_block, PRODUCT_ROWS, PRODUCT_COLUMNS,
-        num_warps=GATE_WARPS,
+        num_warps=ELEMENT_WARPS,
     )  # fmt: skip
 
 
@@ -157,7 +142,7 @@ def copy_rows(source_TR: Tensor, out_TR: Tensor) -> None:
     block = triton.next_power_of_2(R)
     rows = max(COPY_ELEMENTS // block, 1)
     strides = (source_TR.stride(0), out_TR.stride(0))
-    _copy_rows[(triton.cdiv(T, rows),)](source_TR, out_TR, *strides, T, R, rows, block, num_warps=GATE_WARPS)
+    _copy_rows[(triton.cdiv(T, rows),)](source_TR, out_TR, *strides, T, R, rows, block, num_warps=ELEMENT_WARPS)
 
 
 def _row_shape(D: int) -> tuple[int, int]:
@@ -407,71 +392,3 @@ def _copy_rows(
     inside = (rows < T) & (columns < R)
     value = tl.load(source + rows * source_stride + columns, mask=inside)
     tl.store(out + rows * out_stride + columns, value, mask=inside)
-
-
-@triton.jit
-def _gate(
-    gate_up: tl.tensor,
-    out: tl.tensor,
-    gate_up_stride: int,
-    out_stride: int,
-    F: tl.constexpr,
-    IS_SILU: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    # One axis for rows and blocks of columns, as the second one ends at 65,535: neighbours lie next to each other.
-    blocks = tl.cdiv(F, COLUMNS)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    columns = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < F
-    places = gate_up + row * gate_up_stride + columns
-    x = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(places + F, mask=inside, other=0.0).to(tl.float32)
-    share, _ = _shares(x, IS_SILU)
-    tl.store(out + row * out_stride + columns, (x * share * up).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _gate_backward(
-    grad: tl.tensor,
-    gate_up: tl.tensor,
-    out: tl.tensor,
-    product: tl.tensor,
-    grad_stride: int,
-    gate_up_stride: int,
-    out_stride: int,
-    product_stride: int,
-    F: tl.constexpr,
-    IS_SILU: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    blocks = tl.cdiv(F, COLUMNS)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    columns = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < F
-    places = gate_up + row * gate_up_stride + columns
-    x = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(places + F, mask=inside, other=0.0).to(tl.float32)
-    gradient = tl.load(grad + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    share, rest = _shares(x, IS_SILU)
-    activated = x * share
-    if IS_SILU:
-        slope = share * (1.0 + x * rest)
-    else:
-        slope = share * (1.0 + x * rest * (1.5957691216057308 * (1.0 + 3 * 0.044715 * x * x)))
-    places = out + row * out_stride + columns
-    tl.store(places, (gradient * up * slope).to(out.dtype.element_ty), mask=inside)
-    tl.store(places + F, (gradient * activated).to(out.dtype.element_ty), mask=inside)
-    tl.store(product + row * product_stride + columns, (activated * up).to(product.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _shares(x: tl.tensor, IS_SILU: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """(p, 1 - p) of an activation x * p: p is sigmoid(x), or 0.5 (1 + tanh u) = sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
-
-    Both have all their digits however large x is: the exponential of -|.| never overflows, nothing is subtracted.
-    """
-    argument = x if IS_SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)
-    small = tl.exp(-tl.abs(argument))
-    near, far = 1.0 / (1.0 + small), small / (1.0 + small)
-    return tl.where(argument >= 0, near, far), tl.where(argument >= 0, far, near)

@@ -1,7 +1,7 @@
 """The operations of `fp8` as Triton kernels: rows are rounded where they are made, and read once where they are not.
 
-One program holds one row in registers, finds its largest number and writes it in e4m3; what goes before it (a norm, a
-gated product) is rounded to its own type first, so that the result is the one of a pass of its own. Importing this
+One program holds one row in registers, finds its largest number and writes it in e4m3; what goes before it (a norm)
+is rounded to its own type first, so that the result is the one of a pass of its own. Importing this
 module needs Triton. Legend as in `reference`.
 """
 
@@ -14,14 +14,9 @@ from torch import Tensor
 
 from etude.kernels import fused
 from etude.kernels.fp8 import LARGEST, SMALLEST_ROW, Quantised
-from etude.kernels.reference import SILU
 
 MAX_ROW_WARPS = 16
 """A row of 32,768 in 16 warps is 64 numbers per thread: it still fits the registers."""
-
-MOST_GATED = 16384
-"""Longer rows of a gated product are made first and rounded in a pass of their own: two inputs and the result of a row
-would not fit the registers."""
 
 
 def quantise_rows(x_TD: Tensor) -> Quantised:
@@ -48,21 +43,6 @@ def rms_norm_quantised(
         offset, eps, LARGEST, SMALLEST_ROW, D, block, num_warps=num_warps,
     )  # fmt: skip
     return quantised, scale_T
-
-
-def gate_quantised(gate_up_T2F: Tensor, activation: str, out_TF: Tensor) -> Quantised:
-    """`fp8.gate_quantised`."""
-    T, F = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
-    if F > MOST_GATED:
-        fused.gate(gate_up_T2F, activation, out_TF)
-        return quantise_rows(out_TF)
-    quantised = Quantised.empty(T, F, gate_up_T2F.device)
-    block, num_warps = _row_shape(F)
-    _gate_quantised[(T,)](
-        gate_up_T2F, out_TF, quantised.codes, quantised.scales, gate_up_T2F.stride(0), out_TF.stride(0),
-        LARGEST, SMALLEST_ROW, F, activation == SILU, block, num_warps=num_warps,
-    )  # fmt: skip
-    return quantised
 
 
 def _row_shape(D: int) -> tuple[int, int]:
@@ -116,32 +96,6 @@ def _rms_norm_quantised(
     tl.store(out + row * out_stride + columns, result, mask=inside)
     # A masked lane is 0 * (offset + 0): it takes no part in the largest number.
     _store_row(result.to(tl.float32), codes, scales, row, largest, smallest_row, D, BLOCK)
-
-
-@triton.jit
-def _gate_quantised(
-    gate_up: tl.tensor,
-    out: tl.tensor,
-    codes: tl.tensor,
-    scales: tl.tensor,
-    gate_up_stride: int,
-    out_stride: int,
-    largest: float,
-    smallest_row: float,
-    F: tl.constexpr,
-    IS_SILU: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < F
-    places = gate_up + row * gate_up_stride + columns
-    x = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(places + F, mask=inside, other=0.0).to(tl.float32)
-    share, _ = fused._shares(x, IS_SILU)
-    result = (x * share * up).to(out.dtype.element_ty)
-    tl.store(out + row * out_stride + columns, result, mask=inside)
-    _store_row(result.to(tl.float32), codes, scales, row, largest, smallest_row, F, BLOCK)
 
 
 @triton.jit

@@ -74,26 +74,26 @@ def block_of(
         return reason
     workspace = Workspace() if workspace is None else workspace
 
-    def project(*names: str, extends_input: bool, extends_gradient: bool = False) -> Projection:
+    def project(*names: str, extends_input: bool = False, defers_update: bool = False) -> Projection:
         linears, adapters = [parts[name][0] for name in names], [parts[name][1] for name in names]
         if base_precision == FP8:
-            return Fp8Projection(linears, adapters, dtype)
+            return Fp8Projection(linears, adapters, dtype, defers_update=defers_update)
         if any(quantized_kind(linear) for linear in linears):
-            return QuantizedProjection(linears, adapters, dtype, workspace)
-        return Projection(linears, adapters, dtype, extends_input=extends_input, extends_gradient=extends_gradient)
+            return QuantizedProjection(linears, adapters, dtype, workspace, defers_update=defers_update)
+        return Projection(linears, adapters, dtype, extends_input=extends_input, defers_update=defers_update)
 
     block = Block(
         layer=layer,
         attention=attention,
         input_norm=norms[0],  # type: ignore[arg-type]
         qkv=project("q", "k", "v", extends_input=True),
-        output=project("o", extends_input=False),
+        output=project("o"),
         num_heads=parts["q"][0].out_features // head_dim,
         num_kv_heads=parts["k"][0].out_features // head_dim,
         head_dim=head_dim,
         gated_norm=norms[2] if is_sandwich else norms[1],  # type: ignore[arg-type]
-        gate_up=project("gate", "up", extends_input=True),
-        down=project("down", extends_input=True, extends_gradient=True),
+        gate_up=project("gate", "up", defers_update=True),
+        down=project("down", extends_input=True),
         activation=activation,
         query_norm=head_norms[0],
         key_norm=head_norms[1],
@@ -173,10 +173,11 @@ def _norm(module: Any) -> Norm | None:
         answer = module(probe).double()
         wide = probe.double()
         normed = wide * torch.rsqrt(wide.square().mean() + eps)
-        for offset in (0.0, 1.0):
-            expected = normed * (offset + weight.double())
-            if float((answer - expected).norm()) <= _rounding(weight.dtype) * float(expected.norm()):
-                return Norm(weight.detach(), offset, float(eps))
+        # The nearer of the two: next to weights in the hundreds (Gemma 3) an offset of one passes for rounding.
+        offset = min((0.0, 1.0), key=lambda offset: float((answer - normed * (offset + weight.double())).norm()))
+        expected = normed * (offset + weight.double())
+        if float((answer - expected).norm()) <= _rounding(weight.dtype) * float(expected.norm()):
+            return Norm(weight.detach(), offset, float(eps))
     return None
 
 

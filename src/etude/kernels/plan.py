@@ -6,6 +6,7 @@ Only attributes of instances are set, and every one of them is put back by `undo
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import time
@@ -21,15 +22,23 @@ from torch import nn
 
 from etude.errors import ModelError
 from etude.kernels.block import Block
+from etude.kernels.fp8 import Fp8Projection
 from etude.kernels.layers import block_of, compare, tolerance_of
 from etude.kernels.lora import lean_forward, obstacle
+from etude.kernels.offload import Offload, Shelf
 from etude.kernels.projection import Copy, refresh
-from etude.kernels.quantized import Workspace
+from etude.kernels.quantized import QuantizedProjection, Workspace
 
 WARMUP_STEPS = 2
 TIMED_STEPS = 3
 WORTHWHILE_SECONDS = 120.0
 """Compiling takes 15 to 60 seconds; it is worth it where about a third of more than this is saved."""
+
+FP8_SPEED = 2
+"""Products in 8 bits, beside those in half precision."""
+
+UNPACKING_OPERATIONS = 1000
+"""What unpacking a quantised weight takes as long as, on a GPU: it is bound by memory, and products are not."""
 
 
 class StandIn:
@@ -71,6 +80,7 @@ class KernelPlan:
     _undo: list[Callable[[], None]] = field(default_factory=list)
     _copies: list[Copy] = field(default_factory=list)
     _gather: Any = None
+    _shelf: Shelf | None = None
     _use: dict[str, Any] = field(default_factory=dict)
     is_compiled: bool = False
 
@@ -131,24 +141,79 @@ class KernelPlan:
                 f"{self._use}): put them back after use, or train with fast_path=False"
             )
 
-    def layer_bytes(self) -> tuple[int, int, int, int]:
-        """Bytes of a token in one layer: kept with everything, without its gates, with its input alone; passing."""
+    def layer_bytes(self) -> tuple[int, int, int, int, int]:
+        """Bytes of a token in one layer: kept with everything, without its gates, with its input alone; needed for a moment
+        in the backward pass and in the forward pass."""
         block = self.blocks[0]
         everything, passing = block.bytes_per_token(keeps_gates=True)
         without_gates, _ = block.bytes_per_token(keeps_gates=False)
-        return everything, without_gates, block.qkv.in_features * block.qkv.dtype.itemsize, passing
+        width, gates = block.qkv.in_features, block.gate_up.out_features
+        passing_forward = (gates + gates // 2 + 2 * width) * block.qkv.dtype.itemsize
+        return everything, without_gates, width * block.qkv.dtype.itemsize, passing, passing_forward
 
-    def keep(self, *, num_recomputed: int, num_without_gates: int) -> None:
-        """Have the first blocks run again in the backward pass, and those after them make their gates again."""
+    def layer_operations(self) -> tuple[int, int, int, int, int]:
+        """Operations of one layer, as half-precision products: of a token forwards, to make its gates again, to make
+        everything again; and of any number of tokens each time, for unpacking its weights and those of its gates."""
+        block = self.blocks[0]
+        speed = FP8_SPEED if isinstance(block.gate_up, Fp8Projection) else 1
+        unpacked, gates = (
+            sum(part.in_features * part.out_features for part in parts if isinstance(part, QuantizedProjection))
+            for parts in (block.projections, (block.gate_up,))
+        )
+        forward, gates_again, again = (operations // speed for operations in block.operations_per_token())
+        return forward, gates_again, again, UNPACKING_OPERATIONS * unpacked, UNPACKING_OPERATIONS * gates
+
+    def keep(
+        self,
+        *,
+        num_recomputed: int,
+        num_without_gates: int,
+        num_offloaded: int = 0,
+        recomputes_offloaded: bool = False,
+        in_flight: int = 2,
+        host_bytes: int = 0,
+    ) -> None:
+        """Have the first blocks put what they keep in `host_bytes` of host memory, those after them run again in the
+        backward pass, and those after them make their gates again. Offloaded blocks do one or the other.
+
+        Raises:
+            RuntimeError: the host does not give so much memory; every block is as it was.
+        """
+        self._unshelve()
+        if num_offloaded:
+            self._shelve(Offload(num_offloaded, in_flight), host_bytes)
+        end = num_offloaded + num_recomputed
         for index, block in enumerate(self.blocks):
-            block.recomputes = index < num_recomputed
-            block.keeps_gates = index >= num_recomputed + num_without_gates
+            block.recomputes = recomputes_offloaded if index < num_offloaded else index < end
+            # A layer that is run again needs its gates at once.
+            block.keeps_gates = block.recomputes or index >= end + num_without_gates
+
+    def _shelve(self, offload: Offload, host_bytes: int) -> None:
+        shelf = Shelf(self.blocks[0].qkv.device, offload)
+        try:
+            shelf.reserve(host_bytes)
+        except RuntimeError:
+            shelf.release()
+            raise
+        self._shelf = shelf
+        self._undo.append(self._unshelve)
+        for number, block in enumerate(self.blocks[: offload.num_layers + offload.in_flight]):
+            block.shelve = functools.partial(shelf.run, number)
+
+    def _unshelve(self) -> None:
+        if self._shelf is not None:
+            for block in self.blocks:
+                block.shelve = None
+            self._shelf.release()
+            self._shelf = None
 
     def keep_less(self) -> bool:
-        """Have a quarter of the blocks more run again in the backward pass; False where they all do already."""
-        kept = [block for block in self.blocks if not block.recomputes]
+        """Have a quarter of the blocks more run again in the backward pass, those first whose memory is on the device; False
+        where they all do already."""
+        end = 0 if self._shelf is None else self._shelf.offload.num_layers
+        kept = [block for block in self.blocks[end:] + self.blocks[:end] if not block.recomputes]
         for block in kept[: -(-len(self.blocks) // 4)]:
-            block.recomputes = True
+            block.recomputes = block.keeps_gates = True
         return bool(kept)
 
     def accumulate_in_place(self) -> None:

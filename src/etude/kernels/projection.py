@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.kernels import reference
+from etude.kernels.reference import Update
 
 COLUMN_MULTIPLE = 8
 """Rows of half-precision matrices start at multiples of 16 bytes, or the fast matrix products refuse them."""
@@ -77,6 +78,10 @@ def operations(device: torch.device) -> ModuleType:
     return reference if device.type != "cuda" else importlib.import_module("etude.kernels.fused")
 
 
+def _rounded_up(columns: int) -> int:
+    return -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+
+
 class Copy(NamedTuple):
     """A factor of an adapter as it is trained, and its place in the products."""
 
@@ -97,9 +102,8 @@ class Projection:
     """The layers `linears`, whose inputs are the same, each with its adapter or None.
 
     With `extends_input` the update lies inside the product and the caller provides the input in a buffer with room for
-    x A^T (`input_buffer`); otherwise it is added to the output. With `extends_gradient` the update lies inside the product
-    of the backward pass too, [dy, dy s B] [W; A]: for a wide input and a narrow output, where adding to dx costs more than
-    copying dy. Subclasses store the weights in other ways (`_store`,
+    x A^T (`input_buffer`); otherwise it is added to the output, or, with `defers_update`, left to whoever reads the output.
+    Subclasses store the weights in other ways (`_store`,
     `_release`) and multiply by them accordingly (`_product`, `_product_gradient`).
     """
 
@@ -115,8 +119,8 @@ class Projection:
         adapters: list[Adapter | None],
         dtype: torch.dtype,
         *,
-        extends_input: bool,
-        extends_gradient: bool = False,
+        extends_input: bool = False,
+        defers_update: bool = False,
     ) -> None:
         self.members: list[Member] = []
         output, rank = 0, 0
@@ -127,10 +131,9 @@ class Projection:
             output, rank = outputs.stop, rank + ranks
         self.in_features, self.out_features, self.rank = linears[0].in_features, output, rank
         self.dtype, self.device = dtype, linears[0].weight.device
-        self.extends_input, self.extends_gradient = extends_input, extends_gradient and self.rank > 0
+        self.extends_input, self.defers_update = extends_input, defers_update
         self.has_bias = any(linear.bias is not None for linear in linears)
-        extra = self.rank + self.has_bias if extends_input else 0
-        self.columns = self.in_features + -(-extra // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+        self.columns = self.in_features + (_rounded_up(self.rank + self.has_bias) if extends_input else 0)
         self.parameters = [p for m in self.members if m.adapter is not None for p in (m.adapter.A, m.adapter.B)]
         self._accumulate: Any = None
         self._is_installed = False
@@ -162,16 +165,11 @@ class Projection:
         Here they move into one buffer with room for the updates; the layers keep seeing theirs, as views.
         """
         members = self.members
-        if len(members) == 1 and not self.extends_input and members[0].linear.weight.dtype == self.dtype:
-            self.weight = self.extended = members[0].linear.weight.detach()
+        if len(members) == 1 and not self._stores_factor and members[0].linear.weight.dtype == self.dtype:
+            self.weight = members[0].linear.weight.detach()
             return self._separate_factor()
-        rows = self.out_features
-        if self.extends_gradient:
-            rows += -(-self.rank // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-        self.extended = torch.zeros(rows, self.columns, dtype=self.dtype, device=self.device)
-        self.weight = self.extended[: self.out_features]
-        if self.extends_gradient:
-            self.A = self.extended[self.out_features : self.out_features + self.rank, : self.in_features]
+        columns = self.in_features + _rounded_up(self.rank + self.has_bias) if self._stores_factor else self.columns
+        self.weight = torch.zeros(self.out_features, columns, dtype=self.dtype, device=self.device)
         for member in members:
             place = self.weight[member.outputs, : self.in_features]
             place.copy_(member.linear.weight.detach())
@@ -179,9 +177,14 @@ class Projection:
                 member.linear.weight.data = place
             if self.extends_input and member.linear.bias is not None:
                 self.weight[member.outputs, self.in_features + self.rank] = member.linear.bias.detach().to(self.dtype)
-        if self.extends_input:
+        if self._stores_factor:
             return self.weight[:, self.in_features : self.in_features + self.rank]
         return self._separate_factor()
+
+    @property
+    def _stores_factor(self) -> bool:
+        """Whether B lies beside the weights, so that dy [W, s B] is one product."""
+        return self.extends_input or (self.defers_update and self.rank > 0)
 
     def _release(self) -> None:
         """Undo `_store`: every layer has a weight of its own again."""
@@ -192,7 +195,7 @@ class Projection:
             copies = [linear.weight.detach().cpu() for linear in views]
         for linear, copy in zip(views, copies, strict=True):
             linear.weight.data = copy
-        del self.weight, self.extended, self.A, self.B
+        del self.weight, self.A, self.B
         for linear in views:
             if linear.weight.device != self.device:
                 linear.weight.data = linear.weight.detach().to(self.device)
@@ -236,51 +239,69 @@ class Projection:
         """Whether adapters drop elements of their input at this moment."""
         return any(member.adapter is not None and member.adapter.share_dropped > 0.0 for member in self.members)
 
-    def down(self, buffer: Tensor, drop: Drop | None = None) -> Tensor:
-        """x A^T (T, R); a copy goes into the buffer where it has room for it."""
-        x = buffer[:, : self.in_features]
+    def reduce(self, x: Any, drop: Drop | None = None) -> Tensor:
+        """x A^T (T, R)."""
+        x = x[:, : self.in_features]
         if drop is None:
-            reduced = torch.mm(x, self.A.t())
-        else:
-            parts = [torch.mm(drop.rows(x, *place), self.A[ranks].t()) for place, ranks in self._places()]
-            reduced = torch.cat(parts, dim=1)
-        if self.extends_input and self.rank:
-            operations(buffer.device).copy_rows(reduced, buffer[:, self.in_features : self.in_features + self.rank])
-        return reduced
+            return torch.mm(x, self.A.t())
+        parts = [torch.mm(drop.rows(x, *place), self.A[ranks].t()) for place, ranks in self._places()]
+        return torch.cat(parts, dim=1)
 
     def norm_input(self, h: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Any, Tensor]:
         """The RMS norm of h as input of `forward`, and its scales (T)."""
         buffer = self.input_buffer(h.shape[0])
         return buffer, operations(h.device).rms_norm(h, weight, offset, eps, buffer[:, : self.in_features])
 
-    def gate_input(self, gate_up: Tensor, activation: str) -> Any:
-        """The gated product of [g, u] as input of `forward`."""
+    def gate_input(
+        self, gate_up: Tensor, update: Update, activation: str, drop: Drop | None = None
+    ) -> tuple[Any, Tensor]:
+        """The gated product of [g, u] with its update as input of `forward`, and x A^T (T, R)."""
         buffer = self.input_buffer(gate_up.shape[0])
-        operations(gate_up.device).gate(gate_up, activation, buffer[:, : self.in_features])
-        return buffer
+        return buffer, self._gate(gate_up, update, activation, buffer[:, : self.in_features], drop)
 
-    def forward(self, x: Any, residual: Tensor | None = None, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
-        """[residual +] y (T, O), and x A^T (T, R) for the backward pass."""
-        reduced = self.down(x, drop)
+    def _gate(self, gate_up: Tensor, update: Update, activation: str, x: Tensor, drop: Drop | None) -> Tensor:
+        """Write the gated product into x (T, I); returns x A^T."""
+        gate_updated = operations(gate_up.device).gate_updated
+        if drop is None and self.rank:
+            reduced: Tensor = gate_updated(gate_up, update, activation, x, self.A)
+            return reduced
+        gate_updated(gate_up, update, activation, x)
+        return self.reduce(x, drop)
+
+    def forward(
+        self, x: Any, residual: Tensor | None = None, drop: Drop | None = None, reduced: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[residual +] y (T, O), and x A^T (T, R) for the backward pass, where that is not known already."""
+        if reduced is None:
+            reduced = self.reduce(x, drop)
+        if self.extends_input and self.rank:
+            operations(x.device).copy_rows(reduced, x[:, self.in_features : self.in_features + self.rank])
         y = self._product(x, residual)
         if not self.extends_input:
-            if self.rank:
+            if self.rank and not self.defers_update:
                 y.addmm_(reduced, self.B.t())
             if self.bias is not None:
                 y.add_(self.bias)
         return y, reduced
 
-    def backward(self, grad: Tensor, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
-        """The gradients of x (T, I) and of x A^T (T, R); `grad` is that of y."""
-        if self.extends_gradient and drop is None:
-            grad_reduced = torch.mm(grad, self.B)
-            return self._extended_product_gradient(grad, grad_reduced), grad_reduced
+    def update(self, reduced: Tensor) -> Update:
+        """What the gates owe to LoRA, for the two layers of a gate; B only where `forward` has not added it."""
+        ranks = [member.ranks.stop - member.ranks.start for member in self.members]
+        return Update(reduced, self.B if self.defers_update and self.rank else None, (ranks[0], ranks[1]))
+
+    def backward(self, grad: Tensor, drop: Drop | None = None, *, adds_update: bool = True) -> tuple[Tensor, Tensor]:
+        """The gradients of x (T, I) and of x A^T (T, R); `grad` is that of y.
+
+        Without `adds_update` the first lacks what comes through the adapters, the second times A.
+        """
         product = self._product_gradient(grad)
         grad_x = product[:, : self.in_features]
-        if self.extends_input:
+        if product.shape[1] > self.in_features:
             grad_reduced = product[:, self.in_features : self.in_features + self.rank]
         else:
             grad_reduced = torch.mm(grad, self.B)
+        if not adds_update:
+            return grad_x, grad_reduced
         if drop is not None:
             for place, ranks in self._places():
                 grad_x += drop.rows(torch.mm(grad_reduced[:, ranks], self.A[ranks]), *place)
@@ -290,21 +311,12 @@ class Projection:
 
     def _product(self, x: Any, residual: Tensor | None) -> Tensor:
         """[residual +] x W^T (T, O) of the stored weights, in memory of its own."""
-        weight = self.weight.t()
+        weight = self.weight[:, : self.columns].t()
         return torch.mm(x, weight) if residual is None else torch.addmm(residual, x, weight)
 
     def _product_gradient(self, grad: Tensor) -> Tensor:
-        """grad W (T, at least I) of the stored weights, in memory of its own."""
+        """grad W (T, I), or grad [W, s B] where that is stored, in memory of its own."""
         return torch.mm(grad, self.weight)
-
-    def _extended_product_gradient(self, grad: Tensor, grad_reduced: Tensor) -> Tensor:
-        """[grad, grad s B] [W; A] (T, I)."""
-        copy_rows, outputs, end = operations(grad.device).copy_rows, self.out_features, self.out_features + self.rank
-        both = torch.empty(grad.shape[0], self.extended.shape[0], dtype=grad.dtype, device=grad.device)
-        copy_rows(grad, both[:, :outputs])
-        copy_rows(grad_reduced, both[:, outputs:end])
-        both[:, end:].zero_()
-        return torch.mm(both, self.extended)[:, : self.in_features]
 
     def reduced_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of x A^T (T, R) alone, where x needs none."""
@@ -319,16 +331,22 @@ class Projection:
         column_factor: Tensor | None = None,
         offset: float = 0.0,
         drop: Drop | None = None,
+        all_A: Tensor | None = None,
+        all_B: Tensor | None = None,
     ) -> list[Tensor | None]:
         """Gradients of A and B of every adapter, in the order of `parameters`; None where they were added to `p.grad`.
 
         `x` is the input (T, I); or, where the input is a norm's output n * s * (offset + w), the norm's own input n with w
         as `column_factor` and `grad_reduced` already multiplied by s: the norm's output need not be kept or made again.
+        `all_A` = grad_reduced^T x and `all_B` = grad^T reduced are computed where they are not known already.
         """
         if not self.rank:
             return []
-        all_B = torch.mm(grad.t(), reduced)
-        if drop is None:
+        if all_B is None:
+            all_B = torch.mm(grad.t(), reduced)
+        if all_A is not None:
+            pass
+        elif drop is None:
             all_A = torch.mm(grad_reduced.t(), x)
         else:
             all_A = torch.cat(

@@ -91,9 +91,15 @@ class QuantizedProjection(Projection):
     """A projection some of whose layers are those of bitsandbytes. Nothing of them is changed."""
 
     def __init__(
-        self, linears: list[nn.Linear], adapters: list[Adapter | None], dtype: torch.dtype, workspace: Workspace
+        self,
+        linears: list[nn.Linear],
+        adapters: list[Adapter | None],
+        dtype: torch.dtype,
+        workspace: Workspace,
+        *,
+        defers_update: bool = False,
     ) -> None:
-        super().__init__(linears, adapters, dtype, extends_input=False)
+        super().__init__(linears, adapters, dtype, defers_update=defers_update)
         self.workspace = workspace
         kinds = [kind for linear in linears if (kind := quantized_kind(linear)) is not None]
         self.rounding = ROUNDING_OF_ACTIVATIONS if EIGHT_BIT in kinds else 0.0

@@ -8,6 +8,8 @@ layer, H heads, d head size.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -93,12 +95,83 @@ def gate(gate_up_T2F: Tensor, activation: str, out_TF: Tensor) -> None:
 
 
 def gate_backward(grad_TF: Tensor, gate_up_T2F: Tensor, activation: str, out_T2F: Tensor, product_TF: Tensor) -> None:
-    """Write the gradient of `gate_up` into `out`, and what `gate` had computed into `product`, which may be `grad`."""
+    """Write the gradient of `gate_up` into `out`, and what `gate` had computed into `product`.
+
+    `out` may be `gate_up`, and `product` may be `grad`.
+    """
     gate_TF, up_TF = _wide(gate_up_T2F).chunk(2, dim=1)
     grad, activated = _wide(grad_TF), _activate(gate_TF, activation)
     slope = _slope(gate_TF, activation)
+    product = activated * up_TF
     out_T2F.copy_(torch.cat((grad * up_TF * slope, grad * activated), dim=1))
-    product_TF.copy_(activated * up_TF)
+    product_TF.copy_(product)
+
+
+class Update(NamedTuple):
+    """What LoRA adds to the stacked gates: reduced B^T, where the first ranks and the last belong to one half each."""
+
+    reduced: Tensor
+    """(T, R)"""
+    B: Tensor | None
+    """(2F, R), zero where a half meets the ranks of the other; None where the gates hold their update already."""
+    ranks: tuple[int, int]
+    """How many of the R are of gate and of up."""
+
+    def of(self, gate_up_T2F: Tensor) -> Tensor:
+        """The gates with their update."""
+        if self.B is None:
+            return gate_up_T2F
+        return torch.addmm(gate_up_T2F, self.reduced.to(gate_up_T2F.dtype), self.B.t().to(gate_up_T2F.dtype))
+
+
+class Reduction(NamedTuple):
+    """What the next projection's adapter has to do with the gated product x: the gradient of x A^T (T, r), and A (r, F)."""
+
+    grad_reduced: Tensor
+    A: Tensor
+
+
+def gate_updated(
+    gate_up_T2F: Tensor, update: Update, activation: str, out_TF: Tensor, A_RF: Tensor | None = None
+) -> Tensor | None:
+    """`gate` of gate_up + reduced B^T, which is nowhere written; returns out A^T (T, r) where A is given."""
+    gate(update.of(_wide(gate_up_T2F)), activation, out_TF)
+    return None if A_RF is None else torch.mm(out_TF, A_RF.t())
+
+
+def gate_updated_backward(
+    grad_TF: Tensor,
+    gate_up_T2F: Tensor,
+    update: Update,
+    activation: str,
+    out_T2F: Tensor,
+    reduction: Reduction | None = None,
+    product_TF: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The backward pass of `gate_updated`: its gradient into `out`, and those of B (2F, R) and of A (r, F).
+
+    With `reduction` the gradient of the product is grad + grad_reduced A, and A's own is returned. `product`, which may be
+    `grad`, receives what `gate_updated` had computed.
+    """
+    updated = update.of(_wide(gate_up_T2F))
+    grad = _wide(grad_TF)
+    if reduction is not None:
+        grad = grad + _wide(reduction.grad_reduced) @ _wide(reduction.A)
+    product = torch.empty(grad_TF.shape, dtype=grad_TF.dtype, device=grad_TF.device)
+    gate_backward(grad, updated, activation, out_T2F, product)
+    all_B = gradient_of_factor(out_T2F, update)
+    if product_TF is not None:
+        product_TF.copy_(product)
+    return all_B, None if reduction is None else torch.mm(reduction.grad_reduced.t(), product)
+
+
+def gradient_of_factor(grad_T2F: Tensor, update: Update) -> Tensor:
+    """grad^T reduced (2F, R), zero where a half meets the ranks of the other."""
+    all_B = torch.mm(grad_T2F.t(), update.reduced)
+    half, gate_rank = grad_T2F.shape[1] // 2, update.ranks[0]
+    all_B[:half, gate_rank:] = 0
+    all_B[half:, :gate_rank] = 0
+    return all_B
 
 
 def drop(x_TI: Tensor, seed: Tensor, stream: int, share: float, out_TI: Tensor) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -152,8 +154,68 @@ def _saves_embeddings(model: Any) -> bool:
     )
 
 
-def save_weights(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Write what was trained into `folder`: adapter files for a PEFT model, the whole model otherwise."""
+@dataclass(frozen=True)
+class SavedTensors:
+    """The tensors that `save_weights` writes for a PEFT model, by the names they have in it."""
+
+    in_adapters: dict[str, nn.Parameter]
+    beside: dict[str, nn.Parameter]
+    """Those that no adapter file holds."""
+    trained: list[torch.Tensor]
+
+    def are_all_of(self, trained: Collection[torch.Tensor]) -> bool:
+        """Whether these parameters are trained, and no others."""
+        return len(trained) == len(self.trained) and all(map(operator.is_, trained, self.trained))
+
+
+def saved_tensors(model: Any) -> SavedTensors | None:
+    """What has to be copied so that an adapter can be written later, the same to the bit.
+
+    None where it cannot: peft computes what it writes from other things than the parameters in its state dict, or the
+    model's class saves itself.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not is_peft(model):
+        return None
+    beside = dict(uncovered_parameters(model))
+    parameters = dict(model.named_parameters())
+    in_adapters: dict[str, nn.Parameter] = {}
+    if not is_mixed(model):
+        if type(model).save_pretrained is not PeftModel.save_pretrained or "save_pretrained" in vars(model):
+            return None
+        # Stand-ins show which of the tensors it was given peft writes, and that it writes them as they are.
+        stand_ins = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in model.state_dict().items()}
+        name_of = {id(stand_in): name for name, stand_in in stand_ins.items()}
+        for adapter_name in model.peft_config:
+            options = {"adapter_name": adapter_name, "save_embedding_layers": _saves_embeddings(model)}
+            try:
+                written = get_peft_model_state_dict(model, state_dict=dict(stand_ins), **options)
+                names = {name_of.get(id(tensor)) for tensor in written.values()}
+                alone = {name: stand_ins[name] for name in stand_ins if name in names}
+                again = get_peft_model_state_dict(model, state_dict=alone, **options)
+            except Exception:  # a method that looks at more than these
+                return None
+            if {key: id(tensor) for key, tensor in written.items()} != {key: id(t) for key, t in again.items()}:
+                return None
+            if not all(name in parameters for name in names):
+                return None
+            in_adapters |= {name: parameters[name] for name in alone}
+    return SavedTensors(in_adapters, {name: parameters[name] for name in beside}, list(parameter_names(model)))
+
+
+def save_weights(
+    model: Any,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    beside: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write what was trained into `folder`: adapter files for a PEFT model, the whole model otherwise.
+
+    Args:
+        state_dict: tensors to write instead of those of the model.
+        beside: the same for those that no adapter file holds.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if is_peft(model):
         options = {"state_dict": state_dict} if state_dict is not None else {}
@@ -164,7 +226,7 @@ def save_weights(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] |
             model.save_pretrained(str(folder), save_embedding_layers=_saves_embeddings(model), **options)
             if card.is_file():
                 _cards[model] = card.read_bytes()
-        extra = uncovered_parameters(model)
+        extra = uncovered_parameters(model) if beside is None else beside
         if extra:
             save_file({name: tensor.cpu().contiguous() for name, tensor in extra.items()}, folder / EXTRA_WEIGHTS_FILE)
     elif hasattr(model, "save_pretrained"):

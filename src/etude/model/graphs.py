@@ -90,7 +90,7 @@ class _Captured:
 GPU_FLOPS = 6e14
 """What a GPU of this kind reaches; only the order of magnitude matters here."""
 
-LAUNCH_BOUND_SECONDS = 0.2
+LAUNCH_BOUND_SECONDS = 0.6
 """A forward and backward pass of less GPU time than this may have to wait for Python."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from etude.collection import paused
 from etude.errors import ConfigError, ModelError, require
 from etude.model.lora import attach_lora
 from etude.model.trust import attention_of, require_trusted
@@ -20,6 +21,7 @@ __all__ = ["attach_lora", "ensure_pad_token", "load_base_model"]
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|vision_pad|>", "<|endoftext|>")
 
 
+@paused()  # a large vocabulary is a million objects
 def load_base_model(
     name_or_path: str | Path,
     dtype: torch.dtype | str | None = None,

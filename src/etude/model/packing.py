@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -194,6 +194,10 @@ class AttentionSwitch:
             for module, function in zip(checkpointed, functions, strict=True):
                 module._gradient_checkpointing_func = function
 
+    def written_out(self) -> AbstractContextManager[None]:
+        """The attention that transformers writes out in plain products, for padded batches."""
+        return self._attention("eager")
+
     def _checkpoint(self, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The recomputation runs in the backward pass, long after the forward has put the attention setting back."""
 
@@ -204,12 +208,12 @@ class AttentionSwitch:
         return checkpoint(packed_layer, *args, **options)
 
     @contextmanager
-    def _attention(self) -> Iterator[None]:
+    def _attention(self, name: str = ATTENTION_NAME) -> Iterator[None]:
         # The property would write through to sub-configs, which are in the list themselves.
         before = [config._attn_implementation_internal for config in self._configs]
         try:
             for config in self._configs:
-                config._attn_implementation_internal = ATTENTION_NAME
+                config._attn_implementation_internal = name
             yield
         finally:
             for config, implementation in zip(self._configs, before, strict=True):

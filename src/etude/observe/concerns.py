@@ -1,4 +1,4 @@
-"""What is likely to go wrong with a run, told before it starts, the gravest first.
+"""What is likely to go wrong with a run, told before it starts, the gravest first; and afterwards, what made it slow.
 
 Thresholds are those of `etude train`'s own defaults and their sources (see `etude.cli.defaults`): LoRA wants about ten
 times the learning rate of full fine-tuning, tolerates large batches badly, and learns no more than its parameters hold.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from etude.observe.amounts import counted, of_bytes, of_parameters, of_share
 from etude.observe.start_screen import Concern, RunSummary
+from etude.observe.throughput import NOTABLE_WAIT, ThroughputCallback
 
 LOW_LEARNING_RATE, HIGH_LEARNING_RATE = 8e-5, 2e-3
 LARGE_BATCH = 32
@@ -18,12 +19,27 @@ MANY_STEPS = 1000
 FEW_STEPS = 10
 MANY_EPOCHS = 10
 NOTABLE_CUT, NOTABLE_DUPLICATES = 0.01, 0.1
+NOTABLE_WAIT_SECONDS = 10.0
 
 
 def concerns_of(summary: RunSummary, *, of_a_script: bool = False) -> list[Concern]:
     """Everything that is worth a warning; the author of a script decided about evaluation and length on purpose."""
     checks = [check for check in CHECKS if not (of_a_script and check in NOT_OF_A_SCRIPT)]
     return [concern for check in checks for concern in check(summary)]
+
+
+def starvation(throughput: ThroughputCallback, *, num_workers: int, is_on_gpu: bool) -> str | None:
+    """What a run that has ended spent waiting for its rows, and the way out; None where that is no matter."""
+    share = throughput.mean_waiting_for_data
+    if share is None or share < NOTABLE_WAIT or throughput.seconds_waited < NOTABLE_WAIT_SECONDS:
+        return None
+    fix = (
+        f"more than {num_workers} dataloader_num_workers, or a cheaper dataset or collator, would shorten it"
+        if num_workers
+        else "dataloader_num_workers=2 prepares batches in processes of their own"
+    )
+    up_to = "up to " if is_on_gpu else ""  # which may have been busy with the step before
+    return f"{up_to}{of_share(share)} of the training time went into waiting for rows; {fix}"
 
 
 def _memory(summary: RunSummary) -> Iterator[Concern]:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from etude.errors import require
 from etude.observe.amounts import of_seconds, of_share
-from etude.observe.throughput import ThroughputCallback
+from etude.observe.throughput import NOTABLE_WAIT, ThroughputCallback
 
 # Known quantities get a short name and the digits that people compare; the rest is shown under its own name.
 _SHORT: Mapping[str, tuple[str, Callable[[float], str]]] = {
@@ -53,6 +53,8 @@ def speed_words(throughput: ThroughputCallback | None) -> list[str]:
     if throughput is None or not throughput.figures:
         return []
     figures, words = throughput.figures, []
+    if figures.get("waiting_for_data", 0.0) >= NOTABLE_WAIT:
+        words.append(f"waits for data {of_share(figures['waiting_for_data'])}")
     if "tokens_per_second" in figures:
         words.append(f"{figures['tokens_per_second']:,.0f} tok/s")
     if throughput.seconds_left is not None and throughput.seconds_left >= 1:

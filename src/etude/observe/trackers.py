@@ -6,7 +6,7 @@ one is asked for, and nothing is contacted otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etude.errors import ConfigError, nearest, require
@@ -52,6 +52,27 @@ def requested(report_to: str | list[str] | None) -> list[str]:
 
         names = [name for name in get_available_reporting_integrations() if name in TRACKER_NAMES]
     return list(dict.fromkeys(name for name in names if name != "none"))
+
+
+# Callbacks of transformers that act at on_save only where they were told to upload checkpoints.
+_UPLOADS: Mapping[str, Callable[[Any], bool]] = {
+    "WandbCallback": lambda callback: getattr(callback._log_model, "value", callback._log_model) == "checkpoint",
+    "MLflowCallback": lambda callback: bool(getattr(callback, "_log_artifacts", False)),
+    "ClearMLCallback": lambda callback: bool(getattr(callback, "_log_model", False)),
+    "DVCLiveCallback": lambda callback: callback._log_model == "all",
+    "TrackioCallback": lambda callback: False,
+}
+
+
+def uploads_checkpoints(callback: Any) -> bool | None:
+    """Whether the callback of a tracker uploads each checkpoint; None for one that is not known here."""
+    kind = type(callback)
+    if kind.__name__ not in _UPLOADS or not kind.__module__.startswith("transformers."):
+        return None
+    try:
+        return _UPLOADS[kind.__name__](callback)
+    except AttributeError:  # another version of it
+        return None
 
 
 def _callback(name: str) -> Any:

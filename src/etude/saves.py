@@ -1,0 +1,229 @@
+"""The checkpoints of a run: who writes one, what is recorded of it, and what a failure means."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from etude.checkpoint import CheckpointStore
+from etude.checkpoint.copies import Copies
+from etude.checkpoint.writer import Done, InBackground, InPlace, Save
+from etude.contents import Fill, ProcessorFiles, processor_of, written_later, written_now
+from etude.errors import CheckpointError, NonFiniteError
+from etude.estimates import checkpoint_bytes
+from etude.hooks.base import is_overridden
+from etude.model.adapter import SavedTensors, parameter_names, saved_tensors
+from etude.observe.amounts import of_bytes
+from etude.observe.machine import free_memory_bytes
+from etude.observe.trackers import uploads_checkpoints
+
+if TYPE_CHECKING:
+    from etude.run import Run
+    from etude.trainer import Trainer
+
+FAILURES_IN_A_ROW = 3
+"""After this many failed saves in a row training stops: it would only get further from the last checkpoint."""
+
+SAVE_HOOKS = (
+    "_save_checkpoint",
+    "save_model",
+    "_save",
+    "_save_optimizer_and_scheduler",
+    "_save_scaler",
+    "_save_rng_state",
+    "collect_callback_states",
+)
+"""Whoever overrides one of these may look at the run while it is being saved, or at the files when it returns."""
+
+COPIES_OF_A_CHECKPOINT = 3
+"""In memory at most: what is saved, a file of it as it is written, and another one for transformers."""
+
+
+class Saves:
+    """What the loop calls to save, and asks whether a save that goes on beside it went well."""
+
+    def __init__(self, trainer: Trainer, run: Run) -> None:
+        self.trainer, self.run = trainer, run
+        self._tensors = saved_tensors(trainer.model) if may_be_beside_training(trainer) else None
+        self.why_in_place = _why_in_place(trainer, self._tensors)
+        self.stalls_in_seconds: list[float] = []
+        """How long training stood still for each save that it did not wait for."""
+        self._copies = Copies()
+        self._processor = ProcessorFiles(processor_of(trainer))
+        self._is_attended = True
+        if self.why_in_place is None:
+            try:
+                self._processor.files()  # takes long only the first time
+            except CheckpointError as error:
+                self.why_in_place = str(error)
+        self.writer: InPlace | InBackground = InBackground() if self.why_in_place is None else InPlace()
+
+    @contextmanager
+    def beside_training(self, *, allowed: bool) -> Iterator[None]:
+        """Within, `save` does not wait until the checkpoint is durable, where that is possible and `allowed`."""
+        began = time.perf_counter()
+        self.settle()
+        self._is_attended = not allowed or bool(save_listeners(self.trainer))
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            self.trainer.throughput.count_save(seconds)
+            if not self._is_attended and self.writer.needs_copies:
+                self.stalls_in_seconds.append(seconds)
+            self._is_attended = True
+
+    def save(self, trial: Any) -> None:
+        """Write and commit `checkpoint-<step>`, then retire those that `save_total_limit` has no room for.
+
+        Raises:
+            CheckpointError: it could not be written; older checkpoints are intact.
+            NonFiniteError: an update has made a weight NaN or infinite; nothing is written.
+        """
+        trainer, run = self.trainer, self.run
+        state, args = trainer.state, trainer.args
+        names = parameter_names(trainer.model)
+        if args.on_nonfinite == "stop":
+            _require_finite_weights(trainer, names)
+        self.settle()
+        store = CheckpointStore(trainer._get_output_dir(trial))
+        existing = {checkpoint.step for checkpoint in store.committed()}
+        if state.best_global_step and state.best_global_step in existing | {state.global_step}:
+            state.best_model_checkpoint = str(store.root / f"checkpoint-{state.best_global_step}")
+        versions = {"versions": trainer.run_record["versions"]}
+        limit, best = args.save_total_limit, state.best_global_step
+        self.writer.write(Save(store, state.global_step, self._fill(names), versions, limit, best))
+        if self._is_attended:
+            self._note(self.writer.finished(wait=True))
+        run.events.saved_at = (state.global_step, run.events.epoch_ended)
+        run.events.pending = {}
+
+    def _fill(self, names: dict[torch.Tensor, str]) -> Fill:
+        if not self.writer.needs_copies:
+            return written_now(self.trainer, self.run)
+        if self._tensors is None or not self._tensors.are_all_of(names):
+            self._tensors = saved_tensors(self.trainer.model)
+        if self._tensors is None:  # what is trained has changed, and cannot be copied any more
+            self.writer = InPlace()
+            return written_now(self.trainer, self.run)
+        return written_later(self.trainer, self.run, names, self._tensors, self._processor, self._copies)
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Take note of how the save before ended. Asked after every step, without waiting.
+
+        Raises:
+            CheckpointError: it failed, as did those before it.
+        """
+        try:
+            done = self.writer.finished(wait=wait)
+        except CheckpointError as error:
+            self.run.events.saved_at = None
+            self.trainer._save_attempts.failed(error, is_final=False, say=self.trainer.notices.say)
+        else:
+            self._note(done)
+
+    def _note(self, done: Done | None) -> None:
+        if done is not None:
+            self.trainer._save_attempts.succeeded()
+            for line in done.said:
+                self.trainer.notices.say(line)
+
+    def finish(self) -> None:
+        """Training is over: wait for the last save, and say what saving has cost."""
+        self.settle()
+        stalls = self.stalls_in_seconds
+        if stalls:
+            mean, longest = 1000 * sum(stalls) / len(stalls), 1000 * max(stalls)
+            self.trainer.notices.say(
+                f"saved {len(stalls)} checkpoints while training went on: it stood still for {mean:.0f} ms each, "
+                f"{longest:.0f} ms at most"
+            )
+
+    def close(self) -> None:
+        """Wait for a save that goes on, however training ended."""
+        try:
+            self._note(self.writer.finished(wait=True))
+        except Exception as error:  # why training ended matters more
+            self.trainer.notices.say(f"checkpoint not written: {error}")
+
+
+def may_be_beside_training(trainer: Trainer) -> bool:
+    """Whether checkpoints are asked for at all, and in the background."""
+    return bool(trainer.args.save_in_background and trainer.args.save_strategy != "no")
+
+
+def _why_in_place(trainer: Trainer, tensors: SavedTensors | None) -> str | None:
+    """Why training waits for every checkpoint; None where it need not, "" where that needs no words."""
+    if not may_be_beside_training(trainer):
+        return ""
+    overridden = [name for name in SAVE_HOOKS if is_overridden(trainer, name)]
+    if overridden:
+        return f"{type(trainer).__name__} overrides {overridden[0]}"
+    if listeners := save_listeners(trainer):
+        return f"{listeners[0]} is told of each one when it is complete (on_save)"
+    if tensors is None:
+        return "only the adapters of usual peft methods can be copied and written later"
+    needed, free = COPIES_OF_A_CHECKPOINT * checkpoint_bytes(trainer), free_memory_bytes()
+    if free is not None and free < needed:
+        return f"copies need {of_bytes(needed)} of memory, {of_bytes(free)} are free"
+    return None
+
+
+def save_listeners(trainer: Trainer) -> list[str]:
+    """The callbacks that do something at `on_save`, for which the checkpoint must be complete."""
+    listeners = trainer.callback_handler.listeners("on_save")
+    return [type(each).__name__ for each in listeners if uploads_checkpoints(each) is not False]
+
+
+@torch.no_grad()
+def _require_finite_weights(trainer: Trainer, names: dict[torch.Tensor, str]) -> None:
+    """The loss and the gradient were finite, but what the optimizer made of them may not be."""
+    if _are_surely_finite(names):
+        return
+    wrong = [name for parameter, name in names.items() if not torch.isfinite(parameter).all()]
+    if not wrong:
+        return
+    committed = CheckpointStore(trainer._get_output_dir(None)).committed()
+    intact = f"{committed[-1].path.name} is the last sound one" if committed else "there is no earlier one"
+    raise NonFiniteError(
+        f"the update made weights NaN or infinite ({len(wrong)} tensors, first: {wrong[0]}), so no checkpoint is written; "
+        f"{intact}. Lower learning_rate, or pass on_nonfinite='continue' to go on regardless",
+        step=trainer.state.global_step,
+    )
+
+
+def _are_surely_finite(parameters: Iterable[torch.Tensor]) -> bool:
+    """One answer of the device, not one a tensor. A sum is no number if a summand is none; it may overflow besides."""
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for parameter in parameters:
+        alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    sums = [torch._foreach_norm(each, 1) if each[0].is_cuda else [p.sum() for p in each] for each in alike.values()]
+    return all(bool(torch.stack([*each]).isfinite().all()) for each in sums)
+
+
+class SaveAttempts:
+    """Decides what a failed save means: go on and try again at the next interval, or stop."""
+
+    def __init__(self) -> None:
+        self.failed_in_a_row = 0
+
+    def succeeded(self) -> None:
+        self.failed_in_a_row = 0
+
+    def failed(self, error: CheckpointError, *, is_final: bool, say: Any) -> None:
+        """
+        Raises:
+            CheckpointError: the final save failed, or too many in a row.
+        """
+        self.failed_in_a_row += 1
+        if is_final:
+            error.add_note("This was the final save: free some space or fix the folder, then resume to save it again.")
+            raise error
+        if self.failed_in_a_row >= FAILURES_IN_A_ROW:
+            error.add_note(f"{self.failed_in_a_row} saves in a row failed, so training stops.")
+            raise error
+        say(f"checkpoint not written, training goes on and tries again at the next save: {error}")
