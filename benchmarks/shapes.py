@@ -35,6 +35,17 @@ def qwen3_06b() -> Any:
     )  # fmt: skip
 
 
+def qwen3_30b_a3b() -> Any:
+    """The shape of Qwen3-30B-A3B with 12 of its 48 layers, which fit one GPU."""
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=12, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+        norm_topk_prob=True, max_position_embeddings=8192, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 def tiny() -> Any:
     from transformers import LlamaConfig
 
@@ -42,6 +53,10 @@ def tiny() -> Any:
         vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
     )  # fmt: skip
+
+
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+"""Adapters on stacked experts as well, which are no linear layers."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,7 @@ WORKS = {
     "qwen3-0.6b-8x1024": Work(qwen3_06b, 8, 1024),
     "qwen3-0.6b-1x512": Work(qwen3_06b, 1, 512, warmup=60, steps=40),
     "llama-1b-ragged": Work(llama_1b, 8, 2048, ragged=True, warmup=110, steps=40),
+    "qwen3-30b-a3b-4x1024": Work(qwen3_30b_a3b, 4, 1024, adapter=EXPERTS),
     "tiny": Work(tiny, 2, 256, ragged=True, warmup=2, steps=3),  # shows on a CPU that the benchmark works
 }
 

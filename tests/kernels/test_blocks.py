@@ -460,20 +460,6 @@ def test_a_copy_trains_on_a_path_of_its_own() -> None:
     own.plan.undo()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("size", [0.0, 1.0, 60.0, 320.0])
-@pytest.mark.parametrize(("kind", "offset"), [("llama", 0.0), ("gemma3, window 4", 1.0)])
-def test_the_offset_of_a_norm_is_found_beside_weights_of_any_size(
-    kind: str, offset: float, size: float, dtype: torch.dtype
-) -> None:
-    model = adapted(kind).to(dtype)
-    layer: Any = decoder_of(causal_model(model)).layers[0]
-    with torch.no_grad():
-        layer.input_layernorm.weight.copy_(size + torch.linspace(0.5, 1.5, layer.input_layernorm.weight.numel()))
-    block = block_of(layer, dtype)
-    assert isinstance(block, Block) and block.input_norm.offset == offset
-
-
 # -- layers that stay as they are -------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,7 @@ def block_of(
             "q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj,
             "gate": gated.gate_proj, "up": gated.up_proj, "down": gated.down_proj,
         }  # fmt: skip
-        head_dim, activation = int(attention.head_dim), _activation(gated.act_fn)
+        head_dim, activation = int(attention.head_dim), activation_of(gated.act_fn)
         norms = [_norm(found.input_layernorm), _norm(found.post_attention_layernorm)]
         is_sandwich = hasattr(found, "pre_feedforward_layernorm")
         if is_sandwich:
@@ -57,6 +57,8 @@ def block_of(
             for name in ("q_norm", "k_norm")
         ]
     except AttributeError as error:
+        if hasattr(getattr(layer, "mlp", None), "experts"):
+            return "its gated layer is a mixture of experts"
         return f"its parts are other ones ({error})"
     if activation is None:
         return "an activation other than SiLU and GELU (tanh)"
@@ -181,7 +183,7 @@ def _norm(module: Any) -> Norm | None:
     return None
 
 
-def _activation(function: Any) -> str | None:
+def activation_of(function: Any) -> str | None:
     x = torch.linspace(-6, 6, 101)
     with torch.no_grad():
         answer = function(x)
@@ -220,9 +222,9 @@ def compare(block: Block, call: Call) -> float:
         adapters = [gradient.flatten() for gradient in gradients[1:] if gradient is not None]
         results.append((output.detach(), gradients[0], torch.cat(adapters) if adapters else output.new_zeros(1)))
     theirs, ours = results
-    return max(_distance(*pair) for pair in zip(ours, theirs, strict=True))
+    return max(distance_of(*pair) for pair in zip(ours, theirs, strict=True))
 
 
-def _distance(ours: Tensor, theirs: Tensor) -> float:
+def distance_of(ours: Tensor, theirs: Tensor) -> float:
     difference = (ours.double() - theirs.double()).norm()
     return float(difference / theirs.double().norm().clamp_min(1e-30))

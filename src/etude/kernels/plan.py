@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from etude.errors import ModelError
 from etude.kernels.block import Block
+from etude.kernels.expert_layers import compare_mixture, expert_layers, mixture_forward, mixture_obstacle
 from etude.kernels.fp8 import Fp8Projection
-from etude.kernels.layers import block_of, compare, tolerance_of
+from etude.kernels.layers import TOLERANCES, block_of, compare, tolerance_of
 from etude.kernels.lora import lean_forward, obstacle
 from etude.kernels.offload import Offload, Shelf
 from etude.kernels.projection import Copy, refresh
@@ -72,11 +73,15 @@ class KernelPlan:
     """peft LoRA layers that get the forward without copies."""
     blocks: list[Block] = field(default_factory=list)
     """Decoder layers that are computed by our own forward and backward."""
+    mixtures: list[Any] = field(default_factory=list)
+    """Experts, or the outermost of peft's wrappers around them, that are computed by grouped products of our own."""
     decoder_layers: list[nn.Module] = field(default_factory=list)
     """Layers that are compiled, once for all of them."""
     why_no_block: str | None = None
     obstacles: Counter[str] = field(default_factory=Counter)
     """Why some LoRA layers keep peft's forward."""
+    mixture_obstacles: Counter[str] = field(default_factory=Counter)
+    """Why some mixtures of experts keep the model's forward."""
     _undo: list[Callable[[], None]] = field(default_factory=list)
     _copies: list[Copy] = field(default_factory=list)
     _gather: Any = None
@@ -95,6 +100,12 @@ class KernelPlan:
         if self.lora_layers and not self.blocks:
             lines.append(f"{len(self.lora_layers)} LoRA layers without float32 copies")
         lines += [f"{count} LoRA layers as peft computes them: {reason}" for reason, count in self.obstacles.items()]
+        if self.mixtures:
+            lines.append(f"{len(self.mixtures)} mixtures of experts as grouped products with their own backward pass")
+        lines += [
+            f"{count} mixtures of experts as the model computes them: {reason}"
+            for reason, count in self.mixture_obstacles.items()
+        ]
         return lines
 
     @property
@@ -106,6 +117,9 @@ class KernelPlan:
         self._use = _use_of(self.lora_layers[0]) if self.lora_layers else {}
         for layer in self.lora_layers:
             layer.forward = types.MethodType(lean_forward, layer)
+            self._undo.append(lambda layer=layer: layer.__dict__.pop("forward", None))  # type: ignore[misc]
+        for layer in self.mixtures:
+            layer.forward = types.MethodType(mixture_forward, layer)
             self._undo.append(lambda layer=layer: layer.__dict__.pop("forward", None))  # type: ignore[misc]
         for block in self.blocks:
             for projection in block.projections:
@@ -231,7 +245,8 @@ class KernelPlan:
 
     @contextmanager
     def verifying(self, dtype: torch.dtype) -> Iterator[None]:
-        """Compare one block of each kind with the layer's own forward and backward, on what it is called with inside.
+        """Compare one block of each kind, and every mixture, with the layer's own forward and backward, on what it is called
+        with inside.
 
         Raises:
             ModelError: they differ.
@@ -240,6 +255,9 @@ class KernelPlan:
         chosen = self.blocks if self.rounding else list(kinds.values())  # each layer has been rounded by itself
         for block in chosen:
             block.calls_seen = []
+        seen: list[list[tuple[Tensor, ...]]] = [[] for _ in self.mixtures]
+        for layer, calls_of_layer in zip(self.mixtures, seen, strict=True):
+            layer.forward = types.MethodType(_recording(calls_of_layer), layer)
         try:
             yield
             for block in chosen:
@@ -247,15 +265,23 @@ class KernelPlan:
                 difference = compare(block, calls[0]) if calls else math.inf
                 if not difference <= tolerance_of(block, dtype):  # written so that NaN fails
                     raise ModelError(f"our layer and the model's own differ by {difference:.1e}")
+            for layer, calls_of_layer in zip(self.mixtures, seen, strict=True):
+                difference = compare_mixture(layer, *calls_of_layer[0]) if calls_of_layer else math.inf
+                if not difference <= TOLERANCES[dtype]:
+                    raise ModelError(f"our experts and the model's own differ by {difference:.1e}")
         finally:
             for block in chosen:
                 block.calls_seen = None
+            for layer in self.mixtures:
+                layer.forward = types.MethodType(mixture_forward, layer)
 
     def compile(self) -> None:
         """Compile the decoder layers; token counts may differ from call to call without compiling again."""
         if self.is_compiled:
             return
         self.is_compiled = True
+        for layer in self.mixtures:  # sorted rows are nothing that the compiler could make better
+            layer.forward = types.MethodType(torch.compiler.disable(mixture_forward), layer)  # type: ignore[no-untyped-call]
         for layer in self.decoder_layers:
             layer.compile(dynamic=True)
             self._undo.append(lambda layer=layer: setattr(layer, "_compiled_call_impl", None))  # type: ignore[misc]
@@ -282,10 +308,11 @@ def plan_kernels(
     *,
     base_precision: str | None = None,
     why_no_block: str | None = None,
+    why_no_mixture: str | None = None,
 ) -> KernelPlan:
     """Look at a model and decide what can be swapped; changes nothing. `decoder` has the layers, `dtype` is what they
     compute in, `base_precision` what their frozen products are computed in ("fp8", None: `dtype` as well), `why_no_block`
-    keeps their own forward."""
+    keeps their own forward, and `why_no_mixture` that of the experts."""
     plan = KernelPlan(why_no_block=why_no_block)
     lora_linear = _lora_linear_class()
     for module in model.modules():
@@ -295,6 +322,12 @@ def plan_kernels(
                 plan.lora_layers.append(module)
             else:
                 plan.obstacles[reason] += 1
+    for module in expert_layers(model) if dtype is not None else ():
+        reason = why_no_mixture or mixture_obstacle(module, dtype)  # type: ignore[arg-type]
+        if reason is None:
+            plan.mixtures.append(module)
+        else:
+            plan.mixture_obstacles[reason] += 1
     layers = getattr(decoder, "layers", None)
     if isinstance(layers, nn.ModuleList):
         _plan_blocks(plan, layers, dtype, base_precision)
@@ -346,6 +379,16 @@ class CompileSwitch:
         self.is_decided = True
         self.plan.compile()
         return f"compiles {len(self.plan.decoder_layers)} decoder layers: {reason}"
+
+
+def _recording(calls: list[tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+    """`mixture_forward`, which keeps what it is called with."""
+
+    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        calls.append((hidden_states.detach().clone(), top_k_index.clone(), top_k_weights.detach().clone()))
+        return mixture_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    return forward
 
 
 def _use_of(layer: Any) -> dict[str, Any]:

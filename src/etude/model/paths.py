@@ -236,8 +236,13 @@ def _first_admitted(
             try:
                 return probed_path(model, sample_inputs, kernel=kernel, training_dtype=training_dtype, plan=plan)
             except Exception as error:  # any failure of foreign model code means: train it the way its authors wrote it
-                if plan.blocks:
-                    plan = plan_kernels(model, decoder_of(causal_model(model)), dtype, why_no_block=_first_line(error))
+                if plan.blocks or plan.mixtures:
+                    reason = _first_line(error)
+                    plan = plan_kernels(
+                        model, decoder_of(causal_model(model)), dtype,
+                        why_no_block=reason if plan.blocks else plan.why_no_block,
+                        why_no_mixture=reason if plan.mixtures else None,
+                    )  # fmt: skip
                     continue
                 failures[f"probe of {kernel.replace('_', ' ')} attention: {_first_line(error)}"] = None
                 break
