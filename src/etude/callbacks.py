@@ -85,6 +85,12 @@ class TrainerState:
         text = json.dumps(_json_value(fields), indent=2, sort_keys=True, allow_nan=False)
         Path(json_path).write_text(text + "\n", encoding="utf-8")
 
+    def as_written(self) -> TrainerState:
+        """A copy with what `save_to_json` would write now, whatever becomes of this one."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        log = [_copy_of_row(row) for row in fields.pop("log_history")]
+        return dataclasses.replace(self, log_history=log, **_json_value(fields))
+
     @classmethod
     def load_from_json(cls, json_path: str | Path) -> TrainerState:
         """Read what `save_to_json`, here or in transformers, has written. Fields of other versions are left out.
@@ -471,6 +477,12 @@ def _states_by_class_name(callbacks: Iterable[Any]) -> dict[str, Any]:
             raise TypeError(f"{type(callback).__name__} has no state() method and cannot be saved")
         states.setdefault(type(callback).__name__, []).append(callback.state())
     return {name: several[0] if len(several) == 1 else several for name, several in states.items()}
+
+
+def _copy_of_row(row: Any) -> Any:
+    """A log may be long, and most rows hold plain numbers only: they need not be looked at one by one again."""
+    is_plain = type(row) is dict and all(type(value) in (float, int, str) for value in row.values())
+    return dict(row) if is_plain else _json_value(row)
 
 
 def _json_value(value: Any) -> Any:

@@ -6,7 +6,6 @@ writes those, the same bytes, whatever has become of the run meanwhile.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,7 +61,8 @@ def written_later(
     """The run as it is now; `names` are those of the parameters that are trained."""
     trainer.collect_callback_states()
     whole = not trainer.args.save_only_model
-    model, state, files = trainer.model, _copy_of_state(trainer.state), processor.files()
+    model = adapter.with_own_settings(trainer.model)
+    state, files = trainer.state.as_written(), processor.files()
     gathered = copies.take(
         {
             "weights": tensors.in_adapters,
@@ -153,16 +153,6 @@ def write_state(file: Path, state: TrainerState) -> list[str]:
     ]
 
 
-def _copy_of_state(state: TrainerState) -> TrainerState:
-    """The log may be long, and its rows hold numbers only: each is copied, but nothing in it."""
-    return replace(
-        state,
-        log_history=[dict(row) for row in state.log_history],
-        stateful_callbacks=copy.deepcopy(state.stateful_callbacks),
-        trial_params=copy.deepcopy(state.trial_params),
-    )
-
-
 def processor_of(trainer: Composition) -> Any:
     """The tokenizer or processor that is saved with the weights; None where there is none."""
     processor = trainer.processing_class
@@ -202,8 +192,9 @@ class ProcessorFiles:
                 self.processor.save_pretrained(folder)
                 files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
                 return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-        except OSError as error:
-            message = f"the files of the tokenizer could not be made: {name_of(error)}"
+        except Exception as error:  # tokenizers has one of its own for a full disk
+            reason = name_of(error) if isinstance(error, OSError) else str(error)
+            message = f"the files of the tokenizer could not be made: {reason}"
             raise CheckpointError(message, path=tempfile.gettempdir()) from error
 
 

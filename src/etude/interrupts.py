@@ -64,13 +64,21 @@ class Interrupts:
         Raises:
             StopNow: also on entry, where a stop was requested before.
         """
-        if self.requested is not None:
-            raise StopNow
+        self.stop_if_requested()
         self._may_stop_now = True
         try:
             yield
         finally:
             self._may_stop_now = False
+
+    def stop_if_requested(self) -> None:
+        """Within such a wait, now and then: Python drops what a signal raises in a finalizer, or before a fork.
+
+        Raises:
+            StopNow: a stop was requested.
+        """
+        if self.requested is not None:
+            raise StopNow
 
     def checkpoint_requested(self) -> bool:
         """Whether the request file is there; it is taken away. What cannot be taken away is no request."""

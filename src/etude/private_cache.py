@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from etude.errors import ConfigError
@@ -12,11 +13,19 @@ def default_cache_dir() -> Path:
     """`$ETUDE_CACHE`, else `etude` in `$XDG_CACHE_HOME` or `~/.cache`.
 
     A relative path in either is ignored, as the XDG specification demands: the folder would be another one everywhere.
+
+    Raises:
+        ConfigError: neither is set, and the user has no home.
     """
     own, users = (Path(os.environ.get(name, "")) for name in ("ETUDE_CACHE", "XDG_CACHE_HOME"))
     if own.is_absolute():
         return own
-    return (users if users.is_absolute() else Path.home() / ".cache") / "etude"
+    if users.is_absolute():
+        return users / "etude"
+    try:
+        return Path.home() / ".cache" / "etude"
+    except RuntimeError:  # no HOME, and no entry for the user: a number alone, as containers are started with
+        raise ConfigError("there is no home folder; set ETUDE_CACHE to a folder of your own", field="HOME") from None
 
 
 def private_folder(path: Path) -> Path:
@@ -24,10 +33,14 @@ def private_folder(path: Path) -> Path:
 
     Raises:
         OSError: it cannot be made.
-        ConfigError: it belongs to another user.
+        ConfigError: it, or the link that leads to it, belongs to another user, or it is meant for all of them.
     """
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
+    found = path.stat()
+    if hasattr(os, "getuid") and {found.st_uid, path.lstat().st_uid} != {os.getuid()}:
         raise ConfigError(f"{path} belongs to another user; give a folder of your own", field="cache_dir")
-    path.chmod(0o700)
+    if found.st_mode & stat.S_ISVTX:  # such as /tmp, which root must not close to everybody
+        raise ConfigError(f"{path} is shared by all users; give a folder of your own in it", field="cache_dir")
+    if stat.S_IMODE(found.st_mode) != 0o700:  # on a disk that is only read, one that is closed can be used
+        path.chmod(0o700)
     return path

@@ -403,5 +403,5 @@ class Events:
         try:
             trainer.call_hook(trainer._save_checkpoint, trainer.model_wrapped, trial=self.trial)
         except CheckpointError as error:
-            trainer._save_attempts.failed(error, is_final=True, say=trainer.notices.say)
+            self.run.saves.failed(error, is_final=True)
         self.fire("on_save")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,9 @@ class Saves:
         self._copies = Copies()
         self._processor = ProcessorFiles(processor_of(trainer))
         self._is_attended = True
+        self._attempts = SaveAttempts()
+        self._best_before: tuple[str | None] | None = None
+        """The best checkpoint before the save of a better one, which may fail yet."""
         if self.why_in_place is None:
             try:
                 self._processor.files()  # takes long only the first time
@@ -90,12 +94,14 @@ class Saves:
         if args.on_nonfinite == "stop":
             _require_finite_weights(trainer, names)
         self.settle()
-        store = CheckpointStore(trainer._get_output_dir(trial))
+        root = Path(trainer._get_output_dir(trial))
+        store = CheckpointStore(root.absolute())  # a callback may change the working directory meanwhile
         existing = {checkpoint.step for checkpoint in store.committed()}
+        self._best_before = (state.best_model_checkpoint,)
         if state.best_global_step and state.best_global_step in existing | {state.global_step}:
-            state.best_model_checkpoint = str(store.root / f"checkpoint-{state.best_global_step}")
+            state.best_model_checkpoint = str(root / f"checkpoint-{state.best_global_step}")
         versions = {"versions": trainer.run_record["versions"]}
-        limit, best = args.save_total_limit, state.best_global_step
+        limit, best = args.save_total_limit, _step_named(state.best_model_checkpoint)
         self.writer.write(Save(store, state.global_step, self._fill(names), versions, limit, best))
         if self._is_attended:
             self._note(self.writer.finished(wait=True))
@@ -121,14 +127,25 @@ class Saves:
         try:
             done = self.writer.finished(wait=wait)
         except CheckpointError as error:
-            self.run.events.saved_at = None
-            self.trainer._save_attempts.failed(error, is_final=False, say=self.trainer.notices.say)
+            self.failed(error, is_final=False)
         else:
             self._note(done)
 
+    def failed(self, error: CheckpointError, *, is_final: bool) -> None:
+        """A save failed. The best checkpoint is the one before again, so that it is neither retired nor missed at the end.
+
+        Raises:
+            CheckpointError: it was the final save, or those before it failed as well.
+        """
+        self.run.events.saved_at = None
+        if self._best_before is not None:
+            (self.trainer.state.best_model_checkpoint,), self._best_before = self._best_before, None
+        self._attempts.failed(error, is_final=is_final, say=self.trainer.notices.say)
+
     def _note(self, done: Done | None) -> None:
         if done is not None:
-            self.trainer._save_attempts.succeeded()
+            self._attempts.succeeded()
+            self._best_before = None
             for line in done.said:
                 self.trainer.notices.say(line)
 
@@ -139,16 +156,22 @@ class Saves:
         if stalls:
             mean, longest = 1000 * sum(stalls) / len(stalls), 1000 * max(stalls)
             self.trainer.notices.say(
-                f"saved {len(stalls)} checkpoints while training went on: it stood still for {mean:.0f} ms each, "
+                f"saved {len(stalls)} checkpoint{'s' * (len(stalls) > 1)} while training went on: it stood still for {mean:.0f} ms each, "
                 f"{longest:.0f} ms at most"
             )
 
     def close(self) -> None:
-        """Wait for a save that goes on, however training ended."""
+        """Wait for a save that goes on, however training ended, and give the memory of the copies back."""
         try:
             self._note(self.writer.finished(wait=True))
         except Exception as error:  # why training ended matters more
             self.trainer.notices.say(f"checkpoint not written: {error}")
+        self._copies = Copies()
+
+
+def _step_named(checkpoint: str | None) -> int | None:
+    number = Path(checkpoint or "").name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else None
 
 
 def may_be_beside_training(trainer: Trainer) -> bool:

@@ -52,7 +52,6 @@ from etude.outputs import TrainOutput
 from etude.precision import LossScaler, choose_precision, keep_trainable_in_float32, use_number_settings
 from etude.recovery import describe_run, restore_run, set_aside
 from etude.run import Plan, Run, plan_run
-from etude.saves import SaveAttempts
 from etude.summary import introduction
 
 if TYPE_CHECKING:
@@ -159,7 +158,6 @@ class Trainer(
         self.neftune_noise_alpha = self.args.neftune_noise_alpha
         self._initial_num_input_tokens_seen = 0
         self._run: Run | None = None
-        self._save_attempts = SaveAttempts()
         self._signature_columns: list[str] | None = None
         self._persistent_loaders: list[tuple[Any, Any]] = []
         self._tr_loss = torch.zeros((), device=self.args.device)
@@ -310,6 +308,8 @@ class Trainer(
         loader = self.get_train_dataloader()
         plan = self._plan(loader)
         interrupts = until_the_end.enter_context(Interrupts(Path(self._get_output_dir(trial))))
+        if self._run is not None:
+            self._run.saves.close()  # of the run before, where Ctrl-C would not wait for it
         store = CheckpointStore(self._get_output_dir(trial))
         until_the_end.enter_context(store.lock())
         checkpoint = find_checkpoint(store, resume, self.notices.say)

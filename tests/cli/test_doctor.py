@@ -118,7 +118,18 @@ def test_kept_tokens_are_weighed(cache_of_its_own: Path) -> None:
     entry.mkdir(parents=True)
     (entry / "MANIFEST.json").write_bytes(b"{}")
     (entry / "rows.input_ids").write_bytes(bytes(3 * 2**20))
-    assert told() == f"3.0 MiB of 1 data set in {entry.parent}; delete the folder to clear them"
+    assert told() == f"3.0 MiB of 1 data set in {entry.parent}"
+    [finding] = [finding for finding in doctor.storage() if finding.subject == "kept tokens"]
+    assert "delete the folder" in finding.way_out and "--no-keep-tokens" in finding.way_out
+
+
+def test_without_a_home_the_rest_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ETUDE_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where nothing is known of the user
+    found = {finding.subject: finding for finding in doctor.storage()}
+    assert found["etude cache"].mark == found["hub cache"].mark == MISSING
+    assert "ETUDE_CACHE" in found["etude cache"].way_out and found["kept tokens"].text == "none"
 
 
 def test_long_findings_are_wrapped() -> None:

@@ -75,6 +75,9 @@ def test_every_training_argument_has_a_flag_and_a_line_of_help() -> None:
     assert {name.replace("_", "-") for name in names} <= set(flags)
     described = describe_arguments()
     assert all(f"--{name.replace('_', '-')}  [" in described for name in names)
+    assert described.startswith("--model  [text; required]\n    Folder or Hub name of the base model.\n")
+    assert "--keep-tokens  [true|false; default True]\n    Keep the tokens of the rows" in described
+    assert "--lora-r  [integer; default 32]" in described
 
 
 def test_the_recipe_may_stand_anywhere_but_behind_a_flag_that_takes_it() -> None:

@@ -67,13 +67,15 @@ def test_the_same_run_without_reading(reads: list[str]) -> None:
 
 
 def test_the_screen_says_the_same(capsys: Capture) -> None:
-    def screen(output: str) -> str:
+    def screen(output: str) -> tuple[str, str]:
         train_briefly(output)
-        return capsys.readouterr().out.partition("train ")[2].partition("eval ")[0]
+        before, _, rest = capsys.readouterr().out.partition("train ")
+        return before, rest.partition("eval ")[0]
 
-    first = screen("one")
-    assert "30 samples" in first or "samples" in first
-    assert screen("two") == first
+    before, first = screen("one")
+    assert "samples" in first and "earlier run" not in before
+    before, second = screen("two")
+    assert second == first and "of an earlier run" in before and "--no-keep-tokens" in before
 
 
 @pytest.mark.parametrize("more", [["--no-keep-tokens"], ["--set", "keep_tokens=false"]])
@@ -118,6 +120,22 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(cli_rows, "read_sets", slow)
     train_briefly("one")
+    assert list(token_cache_dir().iterdir()) == []
+
+
+def test_a_file_that_comes_while_a_folder_is_read_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    Path("folder").mkdir()
+    Path("rows.jsonl").rename("folder/rows.jsonl")
+    read_sets = cli_rows.read_sets
+
+    def with_another(chosen: Any) -> Any:
+        write_rows(Path("folder/other.jsonl"), question_rows(2))
+        return read_sets(chosen)
+
+    monkeypatch.setattr(cli_rows, "read_sets", with_another)
+    train_briefly("one", "--data", "folder")
     assert list(token_cache_dir().iterdir()) == []
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from etude.data import RowSet, TokenizedRows, encode_rows, kept_tokens, read_rows
 from etude.data import cache as token_cache
 from etude.data.cache import COLUMNS, MANIFEST, TokenCache, digest_of, fingerprint_of, stamp_of
+from etude.data.compact import FileNumbers
 from etude.data.kept_tokens import encode_rows_once, token_cache_dir
 
 ROWS = [{"prompt": f"Say {number}", "completion": f" hello {number % 7}"} for number in range(40)]
@@ -66,11 +69,10 @@ def test_the_second_time_nothing_is_tokenized(tokenizer: PreTrainedTokenizerFast
     assert_equal(first, second)
 
 
-def test_tokens_that_were_kept_are_mapped_and_not_loaded(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tokens_that_were_kept_stay_in_their_files(tokenizer: PreTrainedTokenizerFast) -> None:
     once(tokenizer)
     for column in once(tokenizer).columns.values():
-        assert isinstance(column.base, np.memmap) or isinstance(column, np.memmap)
-        assert not column.flags.writeable
+        assert isinstance(column, FileNumbers)
 
 
 def test_only_the_user_may_look_at_them(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -115,6 +117,59 @@ def test_whatever_decides_about_tokens_is_part_of_the_key(
     assert tokenized == [40, 40]
 
 
+def test_a_state_that_every_call_sets_anew_is_none_of_them(
+    tokenizer: PreTrainedTokenizerFast, tokenized: list[int]
+) -> None:
+    for _ in range(2):  # as a tokenizer.json may have it, or a call of the script's
+        tokenizer.backend_tokenizer.enable_truncation(3)
+        tokenizer.backend_tokenizer.enable_padding()
+        assert len(once(tokenizer)[0]["input_ids"]) > 3
+    assert tokenized == [40]
+
+
+def test_a_template_that_writes_the_date_is_kept_for_a_day(
+    tokenizer: PreTrainedTokenizerFast, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls) -> Tomorrow:
+            return cls(2999, 12, 31)
+
+    dated = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    for template in (dated, None):
+        once(tokenizer, template=template)
+        once(tokenizer, template=template)
+    assert tokenized == [40, 40]
+    monkeypatch.setattr(kept_tokens, "date", Tomorrow)
+    for template in (dated, None):
+        once(tokenizer, template=template)
+    assert tokenized == [40, 40, 40]
+
+
+def test_a_token_that_is_added_in_place_is_another_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, tokenized: list[int]
+) -> None:
+    once(tokenizer)
+    tokenizer.add_tokens(["hello"])
+    assert_equal(once(tokenizer), encode_rows(read_rows(ROWS), tokenizer, max_length=16))
+    tokenizer.eos_token = "<|end|>"
+    assert_equal(once(tokenizer), encode_rows(read_rows(ROWS), tokenizer, max_length=16))
+    assert tokenized == [40, 40, 40]
+
+
+def test_one_process_of_a_machine_keeps_them(
+    tokenizer: PreTrainedTokenizerFast, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    once(tokenizer)
+    assert list(token_cache_dir().iterdir()) == []
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    once(tokenizer)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    once(tokenizer)
+    assert tokenized == [40, 40]
+
+
 def test_one_changed_row_is_other_data(tokenizer: PreTrainedTokenizerFast, tokenized: list[int]) -> None:
     once(tokenizer)
     once(tokenizer, [*ROWS[:-1], ROWS[-1] | {"completion": " hello!"}])
@@ -146,14 +201,45 @@ def test_a_damaged_entry_is_made_again(
     assert tokenized == [40, 40]
 
 
+@pytest.mark.parametrize("kind", ["file", "link", "dangling"])
+def test_what_is_no_entry_makes_room_for_one(
+    kind: str, tokenizer: PreTrainedTokenizerFast, tokenized: list[int], tmp_path: Path
+) -> None:
+    first = once(tokenizer)
+    folder = entry()
+    shutil.rmtree(folder)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("mine")
+    if kind == "file":
+        folder.write_text("")
+    else:
+        folder.symlink_to(tmp_path / ("elsewhere" if kind == "link" else "missing"))
+    for _ in range(2):
+        assert_equal(once(tokenizer), first)
+    assert tokenized == [40, 40] and not entry().is_symlink()
+    assert (tmp_path / "elsewhere" / "kept").read_text() == "mine"
+
+
+def test_an_entry_that_lies_elsewhere_is_not_used(
+    tokenizer: PreTrainedTokenizerFast, tokenized: list[int], tmp_path: Path
+) -> None:
+    once(tokenizer)
+    folder = entry()
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    once(tokenizer)
+    assert tokenized == [40, 40] and not entry().is_symlink() and (tmp_path / "elsewhere" / MANIFEST).exists()
+
+
 def test_a_manifest_of_another_shape_is_damage(tokenizer: PreTrainedTokenizerFast, tokenized: list[int]) -> None:
     once(tokenizer)
     for manifest in ([], {}, {"sets": {"rows": {}}, "files": {}}, {"sets": 3, "files": {}, "note": None}):
         (entry() / MANIFEST).write_text(json.dumps({"manifest": manifest, "sha256": digest_of(manifest)}))
         once(tokenizer)
-    (entry() / MANIFEST).write_text("nul")
-    once(tokenizer)
-    assert tokenized == [40] * 6
+    for text in ("nul", "[" * 100_000):
+        (entry() / MANIFEST).write_text(text)
+        once(tokenizer)
+    assert tokenized == [40] * 7
 
 
 def test_every_byte_of_the_manifest_counts(tokenizer: PreTrainedTokenizerFast, tokenized: list[int]) -> None:
@@ -208,6 +294,37 @@ def test_without_a_folder_nothing_is_kept(
     assert "tokens are not kept" in caplog.text
 
 
+def test_without_a_home_nothing_is_kept(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("ETUDE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where nothing is known of the user
+    assert len(once(tokenizer)) == 40
+    assert "tokens are not kept" in caplog.text and "set ETUDE_CACHE" in caplog.text
+
+
+def test_the_last_room_of_a_disk_is_for_checkpoints(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=token_cache.MIN_FREE_BYTES + 1))
+    assert len(once(tokenizer)) == 40
+    assert "the disk is nearly full" in caplog.text and list(token_cache_dir().iterdir()) == []
+
+
+def test_a_disk_that_is_only_read_is_used(
+    tokenizer: PreTrainedTokenizerFast, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any, **options: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    once(tokenizer)
+    for name in ("os.utime", "os.chmod", "os.rename"):
+        monkeypatch.setattr(name, refused)
+    once(tokenizer)
+    assert tokenized == [40] and entry().is_dir()
+
+
 def test_what_is_tokenized_quickly_is_not_kept(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +374,8 @@ def test_it_does_not_grow_for_ever(
     (cache.folder / ".draft-dead").mkdir()
     os.utime(cache.folder / ".draft-dead", (month_ago, month_ago))
     (cache.folder / ".draft-alive").mkdir()
+    (cache.folder / "half-removed").mkdir()
+    os.utime(cache.folder / "half-removed", (month_ago, month_ago))
     stored(cache, tokenizer, "e")
     assert {path.name for path in cache.folder.iterdir()} == {"a", "b", "c", "e", ".draft-alive"}
     monkeypatch.setattr(token_cache, "MAX_ENTRIES", 3)
@@ -277,7 +396,7 @@ def test_two_that_keep_the_same_do_not_meet(tokenizer: PreTrainedTokenizerFast, 
     assert [path.name for path in cache.folder.iterdir()] == ["a"]
 
 
-def test_files_are_known_by_what_is_in_them(tmp_path: Path) -> None:
+def test_files_are_known_by_what_is_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "set").mkdir()
     files = [tmp_path / "a.jsonl", tmp_path / "set"]
     files[0].write_text("one")
@@ -291,3 +410,8 @@ def test_files_are_known_by_what_is_in_them(tmp_path: Path) -> None:
     assert fingerprint_of([tmp_path / "missing"]) is None
     os.mkfifo(tmp_path / "pipe")
     assert fingerprint_of([tmp_path / "pipe"]) is None  # and does not wait for a writer
+
+    opened: list[Any] = []
+    monkeypatch.setattr("os.open", lambda *args: opened.append(args))
+    assert fingerprint_of([tmp_path / "pipe"]) is None
+    assert opened == []  # a writer that found a reader gone would end

@@ -76,6 +76,52 @@ def test_many_rows_start_as_many_as_there_are_cores(
     assert len(workers) == 3
 
 
+@pytest.mark.parametrize(("processes", "expected"), [("2", 4), ("4", 2), ("99", 0), ("no number", 8)])
+def test_processes_that_train_together_share_the_cores(
+    processes: str,
+    expected: int,
+    tokenizer: PreTrainedTokenizerFast,
+    workers: list[Worker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(token_workers, "ROWS_FOR_A_WORKER", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    encode_rows(read_rows(pairs(20)), tokenizer)
+    assert len(workers) == expected
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_where_no_more_processes_can_start_the_others_do(
+    started: int, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_workers: list[Worker] = []
+
+    class Rare(Worker):
+        def __init__(self, described: bytes) -> None:
+            if len(all_workers) == started:
+                raise BlockingIOError(11, "Resource temporarily unavailable")
+            super().__init__(described)
+            all_workers.append(self)
+
+    monkeypatch.setattr(token_workers, "Worker", Rare)
+    rows = read_rows(pairs(40))
+    assert_equal(encode_rows(rows, tokenizer, num_processes=3), encode_rows(rows, tokenizer, num_processes=1))
+    assert len(all_workers) == started and all(worker._process.poll() is not None for worker in all_workers)
+
+
+def test_an_error_that_is_kept_keeps_no_process(tokenizer: PreTrainedTokenizerFast, workers: list[Worker]) -> None:
+    rows = read_rows([*pairs(30), {"prompt": "x " * 60, "completion": "cut"}, *pairs(30)])
+    try:
+        encode_rows(rows, tokenizer, max_length=40, num_processes=2)
+    except DataError as error:
+        kept = error  # as a notebook does, with every frame that it went through
+        assert kept.__traceback__ is not None
+        assert_gone(workers)
+    else:
+        pytest.fail("the row was taken")
+
+
 def test_the_error_of_a_row_is_the_same(tokenizer: PreTrainedTokenizerFast, workers: list[Worker]) -> None:
     rows = read_rows([*pairs(30), {"prompt": "x " * 60, "completion": "cut"}, *pairs(30)])
     with pytest.raises(DataError, match=r"rows:31: .*cut at max_length=40"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import multiprocessing
 import os
 import threading
@@ -13,7 +15,7 @@ import pytest
 import torch
 from transformers import TrainerCallback as TheirCallback
 
-from etude import Trainer, TrainerCallback, contents
+from etude import Trainer, TrainerCallback, TrainerState, contents
 from etude.callbacks import CallbackHandler, DefaultFlowCallback
 from etude.checkpoint import CheckpointStore
 from etude.checkpoint.copies import Copies, on_host
@@ -21,7 +23,7 @@ from etude.checkpoint.writer import InBackground, InPlace, Save
 from etude.errors import CheckpointError
 from etude.model import adapter
 from etude.observe.trackers import uploads_checkpoints
-from short_run import checkpoints, short_trainer
+from short_run import Scripted, checkpoints, short_trainer
 from tiny import causal_lora, tiny_llama, tiny_tokenizer, with_lora
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "report_to": "none"}
@@ -64,6 +66,10 @@ def contents_of(folder: str) -> dict[str, bytes]:
     files = (path for path in Path(folder).glob("checkpoint-*/**/*") if path.is_file())
     own = ("training_args.bin", "MANIFEST.json")  # which name the folder and the setting
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name not in own}
+
+
+def read_rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
 
 
 # The same bytes
@@ -138,6 +144,54 @@ def test_a_tokenizer_that_changes_is_written_as_it_is_then() -> None:
     assert contents_of("background") == contents_of("in-place")
 
 
+def test_a_log_that_is_changed_later_is_written_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, samples, total = Gate(monkeypatch), ["first"], torch.ones(())
+
+    def change() -> None:
+        assert gate.reached.wait(30)
+        samples.append("second")
+        total.add_(1)
+        gate.is_open.set()
+
+    log = At(step_1=lambda: trainer.log({"samples": samples, "total": total}), step_3=change)
+    trainer = short_trainer(callbacks=[log], **SAVING)
+    trainer.train()
+    rows = TrainerState.load_from_json("out/checkpoint-2/trainer_state.json").log_history
+    assert [(row["samples"], row["total"]) for row in rows if "total" in row] == [(["first"], 1.0)]
+
+
+def test_the_folder_is_the_one_in_which_the_run_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, began = Gate(monkeypatch), Path.cwd()
+
+    def work_elsewhere() -> None:
+        assert gate.reached.wait(30)
+        (began / "elsewhere").mkdir()
+        with contextlib.chdir(began / "elsewhere"):
+            gate.is_open.set()
+            trainer._run.saves.writer.wait()
+
+    trainer = short_trainer(callbacks=[At(step_3=work_elsewhere)], **SAVING)
+    trainer.train()
+    assert checkpoints() == [2, 4, 6] and not list((began / "elsewhere").iterdir())
+
+
+def test_the_settings_of_a_model_in_training_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft sets `inference_mode` while it saves: `model.save_pretrained` in a callback must not meet that half-way."""
+    from peft import LoraConfig
+
+    seen, write = [], LoraConfig.save_pretrained
+
+    def look(config: Any, folder: str, **kwargs: Any) -> None:
+        seen.append((config.inference_mode, trainer.model.peft_config["default"].inference_mode))
+        write(config, folder, **kwargs)
+
+    monkeypatch.setattr(LoraConfig, "save_pretrained", look)
+    trainer = short_trainer(**SAVING | {"save_steps": 4, "max_steps": 5})
+    trainer.train()
+    assert seen[0] == (True, False) and checkpoints() == [4, 5]
+
+
+# One at a time
 # One at a time
 
 
@@ -211,6 +265,44 @@ def test_what_reads_checkpoints_finds_them_complete(monkeypatch: pytest.MonkeyPa
     assert checkpoints() == [2, 3, 4, 6]
 
 
+def test_nothing_is_kept_after_training() -> None:
+    trainer = short_trainer(**SAVING)
+    trainer.train()
+    assert trainer._run.saves.stalls_in_seconds and not trainer._run.saves._copies._in_use
+
+
+def test_a_second_run_begins_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the failures of the first run count in it, nor the time that its last save took."""
+    Gate(monkeypatch, disk_is_full).is_open.set()
+    trainer = short_trainer(**SAVING | {"save_steps": 3, "max_steps": 4})
+    for _ in range(2):  # each time one failure on the way and one at the end: three in a row would stop at step 3
+        with pytest.raises(CheckpointError, match="step 4"):
+            trainer.train()
+        assert "save_stall_seconds" not in read_rows()[0]
+    assert checkpoints() == []
+
+
+def test_a_run_waits_for_the_writer_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Ctrl-C has cut short even the wait at the end of training."""
+    gate, wait = Gate(monkeypatch), InBackground.wait
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    trainer = short_trainer(callbacks=[At(step_3=interrupted)], **SAVING)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(InBackground, "wait", interrupted)
+        trainer.train()
+    assert checkpoints() == [] and InBackground.wait is wait
+    trainer.remove_callback(At)
+    threading.Timer(0.2, gate.is_open.set).start()
+    trainer.train(resume_from_checkpoint=True)
+    assert any("resumed checkpoint-2" in line for line in trainer.notices.lines) and checkpoints() == [2, 4, 6]
+
+
+# Failures
+
+
 # Failures
 
 
@@ -256,6 +348,66 @@ def test_an_error_that_is_none_of_the_storage_names_the_step(monkeypatch: pytest
     with pytest.raises(TypeError, match="cannot be written") as caught:
         short_trainer(**SAVING).train()
     assert any("checkpoint of step 2" in note for note in caught.value.__notes__)
+
+
+def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    trainer = short_trainer(**SAVING)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    trainer.train()
+    assert isinstance(trainer._run.saves.writer, InBackground) and checkpoints() == [2, 4, 6]
+
+
+def test_ctrl_c_before_the_thread_starts_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    trainer = short_trainer(**SAVING)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert checkpoints() == []
+
+
+def test_a_tokenizer_that_cannot_be_written_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The temporary folder may be full where the disk of the checkpoints is not."""
+    tokenizer = tiny_tokenizer()
+    write = tokenizer.save_pretrained
+
+    def save_pretrained(folder: str) -> Any:
+        if "etude-" in folder:
+            raise Exception("No space left on device (os error 28)")  # as tokenizers does
+        return write(folder)
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", save_pretrained)
+    trainer = short_trainer(processing_class=tokenizer, **SAVING)
+    trainer.train()
+    assert "os error 28" in trainer._run.saves.why_in_place
+    assert checkpoints() == [2, 4, 6] and Path("out/checkpoint-4/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_the_best_of_those_that_could_be_written(monkeypatch: pytest.MonkeyPatch, in_background: bool) -> None:
+    """The best checkpoint failed: the one before it is neither retired meanwhile nor forgotten at the end."""
+    write_random, failed = contents.write_random, []
+
+    def write(folder: Path, states: Any) -> None:
+        if "checkpoint-4" in folder.name:
+            failed.append(4)
+            raise disk_is_full()
+        write_random(folder, states)
+
+    monkeypatch.setattr(contents, "write_random", write)
+    settings = SAVING | {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "max_steps": 8}
+    settings |= {"save_total_limit": 1, "save_in_background": in_background, "compute_metrics": Scripted(2, 3, 1, 1)}
+    settings |= {"metric_for_best_model": "score", "greater_is_better": True}
+    trainer = short_trainer(eval_rows=short_trainer().train_dataset, **settings)
+    trainer.train()
+    assert failed == [4] and checkpoints() == [2, 8]
+    assert trainer.state.best_model_checkpoint == str(Path("out/checkpoint-2"))
+    assert any("checkpoint-2 (step 4 was better, 3, but" in line for line in trainer.notices.lines)
 
 
 def test_the_folder_is_moved_away_while_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:

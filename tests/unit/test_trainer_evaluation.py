@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from etude import EvalPrediction, PredictionOutput, TrainerCallback
+from etude.errors import Interrupted
 from short_run import Scripted, logged, short_trainer
 from tiny import IGNORED, Padded, V, adapter_of, assert_same_bits, causal_lora, language_rows, tiny_llama, with_lora
 
@@ -222,3 +224,20 @@ def test_a_collator_of_the_user_pads_the_evaluation_too() -> None:
     left = short_trainer(eval_rows=EVAL_ROWS, collate=Padded(side="left", multiple=8))
     mask_sum = sum(int(batch["attention_mask"].sum()) for batch in left.get_eval_dataloader())
     assert mask_sum == sum(len(row["input_ids"]) for row in EVAL_ROWS)
+
+
+def test_a_stop_request_that_python_dropped_cuts_an_evaluation_short() -> None:
+    """What a signal raises in a finalizer, or while a fork waits, never arrives."""
+    seen = []
+
+    class Dropped(TrainerCallback):
+        def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(trainer.state.global_step)
+            interrupts = trainer._run.interrupts
+            interrupts.requested, interrupts._may_stop_now = signal.SIGTERM, False
+
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    trainer = short_trainer(eval_rows=language_rows(6), callbacks=[Dropped()], **settings)
+    with pytest.raises(Interrupted, match="SIGTERM after step 2"):
+        trainer.train()
+    assert seen == [2]

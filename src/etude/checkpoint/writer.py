@@ -99,12 +99,19 @@ class InBackground:
         _writers.add(self)
 
     def write(self, save: Save) -> None:
-        """Begin to write. The save before must have been asked for by `finished`."""
+        """Begin to write; where no thread can be had, it is written when this returns.
+
+        Raises:
+            RuntimeError: how the save before ended has not been asked for by `finished`.
+        """
         if self._thread is not None:
             raise RuntimeError(f"step {save.step} is to be saved before the save before it is finished")
         self._ended.clear()
         self._thread = threading.Thread(target=self._make, args=(save,), name="etude-checkpoint", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system has no room for another one
+            self._make(save)
 
     def finished(self, *, wait: bool) -> Done | None:
         """The save that became durable since this was asked last; None where none did, or one is still being written.
@@ -127,7 +134,9 @@ class InBackground:
     def wait(self) -> None:
         """Until nothing is being written any more; how it ended is still to be asked for."""
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is None or thread is threading.current_thread():
+            return
+        if thread.ident is not None:  # None where Ctrl-C came before it was started: it never ends then
             self._ended.wait()
             thread.join()
 

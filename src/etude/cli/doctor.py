@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import typer
 
+from etude.errors import ConfigError
+
 NEEDED_PYTHON = (3, 11)
 NEEDED_DISK_BYTES = 2 * 2**30
 NEEDED_MEMORY_BYTES = 2 * 2**30
@@ -202,12 +204,17 @@ def storage() -> Iterator[Finding]:
         is_enough = free >= NEEDED_DISK_BYTES
         way_out = "" if is_enough else "checkpoints may not fit; name another --output"
         yield Finding(GOOD if is_enough else MISSING, "this folder", f"{of_bytes(free)} free", way_out)
-    for name, folder in (("etude cache", default_cache_dir()), ("hub cache", hub_cache())):
-        there = folder if folder.exists() else next(parent for parent in folder.parents if parent.exists())
+    for name, place in (("etude cache", default_cache_dir), ("hub cache", hub_cache)):
+        try:
+            folder = place()
+            there = folder if folder.exists() else next(parent for parent in folder.parents if parent.exists())
+        except (OSError, ConfigError, RuntimeError) as error:  # no home, or one that may not be looked into
+            yield Finding(MISSING, name, str(error), "set HOME, or ETUDE_CACHE and HF_HOME, to folders of your own")
+            continue
         is_writable = os.access(there, os.W_OK)
         free = free_disk_bytes(folder)
         amount = f", {of_bytes(free)} free" if free is not None else ""
-        state = "" if folder.exists() else " (made when needed)"
+        state = "" if there == folder else " (made when needed)"
         yield Finding(
             GOOD if is_writable else MISSING,
             name,
@@ -223,11 +230,15 @@ def kept_tokens() -> Finding:
     from etude.data.kept_tokens import token_cache_dir
     from etude.observe.amounts import counted, of_bytes
 
-    folder = token_cache_dir()
-    entries = entries_in(folder)
+    try:
+        folder = token_cache_dir()
+        entries = entries_in(folder)
+    except (OSError, ConfigError):  # said of the cache already
+        return Finding(GOOD, "kept tokens", "none")
     total = of_bytes(sum(size for _, size in entries))
-    said = f"{total} of {counted(len(entries), 'data set')} in {folder}; delete the folder to clear them"
-    return Finding(GOOD, "kept tokens", said if entries else "none")
+    said = f"{total} of {counted(len(entries), 'data set')} in {folder}"
+    way_out = "delete the folder to clear them; --no-keep-tokens neither uses nor keeps any"
+    return Finding(GOOD, "kept tokens", said if entries else "none", way_out if entries else "")
 
 
 def hub_cache() -> Path:

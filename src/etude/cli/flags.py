@@ -106,15 +106,26 @@ def _unknown(word: str) -> UnknownArgumentError:
 
 
 def describe_arguments() -> str:
-    """One line per training argument, for `--help-arguments`."""
-    from dataclasses import fields
+    """Two lines for each setting of a recipe and each training argument, for `--help-arguments`."""
+    from dataclasses import MISSING, fields
 
     from etude.arguments import TrainingArguments
 
-    types = recipe.argument_types()
+    own, types = recipe.own_types(), recipe.argument_types()
+    defaults = {item.name: item.default for item in fields(recipe.Recipe)}
+    defaults |= {f"lora.{item.name}": item.default for item in fields(recipe.Lora)}
+    said = [(name, own[name], defaults[name], _sentence(recipe.MEANING[name])) for name in own]
+    said += [
+        (item.name, types[item.name], item.default, item.metadata.get("help", ""))
+        for item in fields(TrainingArguments)
+        if item.name in types and item.name not in own
+    ]
     lines = []
-    for item in fields(TrainingArguments):
-        if item.name in types:
-            lines.append(f"{spelled(item.name)}  [{type_names(types[item.name])}; default {item.default!r}]")
-            lines.append(f"    {item.metadata.get('help', '')}")
+    for name, hint, default, meaning in said:
+        preset = "required" if default is MISSING else f"default {default!r}"
+        lines += [f"{spelled(name)}  [{type_names(hint)}; {preset}]", f"    {meaning}"]
     return "\n".join(lines)
+
+
+def _sentence(meaning: str) -> str:
+    return f"{meaning[0].upper()}{meaning[1:]}."

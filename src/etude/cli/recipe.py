@@ -100,7 +100,7 @@ MEANING = {
     "lora.r": "rank of the adapter",
     "lora.alpha": "the update is scaled by alpha / r",
     "lora.dropout": "share of adapter inputs dropped",
-    "lora.targets": "all-linear, or names such as q_proj,v_proj",
+    "lora.targets": "what gets an adapter: all-linear, or names such as q_proj,v_proj",
     "lora.dora": "also learn the length of each weight's rows (DoRA)",
 }
 

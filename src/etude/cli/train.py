@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 def train(
     words: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="RECIPE.yaml", help="A recipe. Every training argument is a flag as well: --help-arguments."
-        ),
+        typer.Argument(metavar="RECIPE.yaml", help="A recipe. --help-arguments lists all that it may set, as flags."),
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="M", help="Folder or Hub name of the base model.")] = None,
     data: Annotated[str | None, typer.Option(metavar="D", help="File or folder of rows, or hub:OWNER/NAME.")] = None,
@@ -61,7 +59,7 @@ def train(
         bool, typer.Option("--trust-remote-code", help="Execute code that comes with the model.")
     ] = False,
     help_arguments: Annotated[
-        bool, typer.Option("--help-arguments", help="List every training argument and exit.")
+        bool, typer.Option("--help-arguments", help="List every setting as a flag, and exit.")
     ] = False,
 ) -> None:
     """Fine-tune a language model with LoRA.
@@ -167,7 +165,7 @@ def run(settings: Settings, *, resume: str, dry_run: bool, check: bool = False, 
 
         typer.echo(resolution(prepared, settings))
         show_without_training(trainer)
-        typer.echo("dry run: everything above was checked, nothing was trained or written")
+        typer.echo("dry run: everything above was checked; nothing was trained, and no output written")
 
 
 def training_arguments(training: Mapping[str, Any], output: str, settings: Settings) -> TrainingArguments:
@@ -243,6 +241,8 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
         started = time.monotonic()
         rows = encode_sets(chosen, *(sets or read_sets(chosen)), tokenizer, **options)
         kept.store(rows, tokenizer, options, time.monotonic() - started)
+    elif int(os.environ.get("RANK", "0")) == 0:
+        typer.echo("tokens    of an earlier run on the same rows; --no-keep-tokens makes them anew")
     samples = build_samples(chosen, tokenizer, rows)
 
     facts = Facts(

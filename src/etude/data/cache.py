@@ -7,6 +7,8 @@ every file has shown to be the one that was written; one that is not is removed,
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from etude.data.compact import give_pages_back
+from etude.data.compact import FileNumbers
 from etude.data.hub import is_hub_name
 from etude.data.tokens import COLUMNS, Statistics, TokenizedRows
 from etude.errors import DataError
@@ -30,11 +32,14 @@ from etude.private_cache import private_folder
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 """Changes with what an entry holds, or with what the same rows are turned into."""
-BLOCK_BYTES = 16 * 2**20
-"""Written at once."""
+NUMBERS_AT_ONCE = 2**21
+"""Of a column, while it is written."""
 MAX_ENTRIES, MAX_BYTES, MAX_UNUSED_DAYS = 64, 10 * 2**30, 30
+MIN_FREE_BYTES = 2**30
+"""Left on the disk by an entry: for the checkpoints of the run, which matter more."""
 ABANDONED_AFTER_SECONDS = 24 * 3600
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+DRAFT = ".draft-"
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading an entry raises that somebody changed or cut off."""
 
 
@@ -82,6 +87,8 @@ def _opened(path: Path, flags: int = 0) -> BufferedReader:
     Raises:
         OSError: it is no regular file.
     """
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe takes what somebody writes into it
+        raise OSError(f"{path} is no regular file")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     content = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -115,13 +122,17 @@ class TokenCache:
         if not folder.exists():
             return None
         try:
+            if folder.is_symlink():
+                raise OSError("a link in the place of a folder")
             manifest = _manifest_in(folder)
             sets = {name: _loaded(folder, name, kept, manifest["files"]) for name, kept in manifest["sets"].items()}
-            os.utime(folder / MANIFEST)
+            note = manifest["note"]
         except DAMAGE as error:
             self._remove(folder)
             raise DataError(f"kept tokens are damaged ({error})", file=folder) from None
-        return sets, manifest["note"]
+        with contextlib.suppress(OSError):  # a disk that is only read: there is nothing to be forgotten on it
+            os.utime(folder / MANIFEST)
+        return sets, note
 
     def store(self, key: str, sets: Mapping[str, TokenizedRows], note: Any) -> None:
         """Keep data sets under a key, with a note that JSON has words for; whoever was first stays.
@@ -131,7 +142,10 @@ class TokenCache:
             TypeError: the note is no JSON.
         """
         self._tidy()
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self.folder))
+        needed = sum(rows.columns[column].nbytes for rows in sets.values() for column in COLUMNS)
+        if shutil.disk_usage(self.folder).free < needed + MIN_FREE_BYTES:
+            raise OSError(errno.ENOSPC, "the disk is nearly full", str(self.folder))
+        draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=self.folder))
         try:
             files = {}
             for name, rows in sets.items():
@@ -152,9 +166,10 @@ class TokenCache:
     def _tidy(self) -> None:
         """Remove what was not used for long, and what a killed process left. Whoever has it open can still read it."""
         now = time.time()
-        for draft in self.folder.glob(".draft-*"):
-            if _age(draft, now) > ABANDONED_AFTER_SECONDS:
-                self._remove(draft)
+        for folder in self.folder.iterdir():
+            is_entry = not folder.name.startswith(DRAFT) and (folder / MANIFEST).exists()
+            if not is_entry and _age(folder, now) > ABANDONED_AFTER_SECONDS:
+                self._remove(folder)
         total_bytes = 0
         for number, (folder, size) in enumerate(entries_in(self.folder), start=1):
             total_bytes += size
@@ -164,6 +179,8 @@ class TokenCache:
 
     def _remove(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.unlink()  # what is a file or a link in the place of a folder
 
 
 def entries_in(folder: Path) -> list[tuple[Path, int]]:
@@ -188,14 +205,14 @@ def _size_of(folder: Path) -> int:
 
 
 def _written(path: Path, values: Any, dtype: str) -> dict[str, Any]:
-    content, digest = np.ascontiguousarray(values, dtype=dtype).view("|u1"), hashlib.sha256()
+    digest, written = hashlib.sha256(), 0
     with path.open("xb") as file:
-        for start in range(0, len(content), BLOCK_BYTES):
-            block = content[start : start + BLOCK_BYTES].data
+        for start in range(0, len(values), NUMBERS_AT_ONCE):
+            block = np.ascontiguousarray(values[start : start + NUMBERS_AT_ONCE], dtype=dtype).data
             digest.update(block)
             file.write(block)
-            give_pages_back(values)
-    return {"bytes": len(content), "sha256": digest.hexdigest()}
+            written += block.nbytes
+    return {"bytes": written, "sha256": digest.hexdigest()}
 
 
 def _described(rows: TokenizedRows) -> dict[str, Any]:
@@ -237,4 +254,4 @@ def _column(path: Path, dtype: str, files: dict[str, Any]) -> Any:
             raise ValueError(f"{path.name} is not the file that was written")
         if size == 0:
             return np.empty(0, dtype)
-        return np.asarray(np.memmap(content, dtype=dtype, mode="r", shape=(size // np.dtype(dtype).itemsize,)))
+        return FileNumbers(content.fileno(), dtype, size // np.dtype(dtype).itemsize)

@@ -9,9 +9,12 @@ is tokenized faster than it is looked up, and is not kept.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import os
 import time
 from collections.abc import Mapping
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 WORTH_KEEPING_SECONDS = 1.0
 FOLDER = "tokens"
+CLOCK = "strftime_now"
+"""What a chat template calls for the time."""
 Sets = dict[str, TokenizedRows]
 
 
@@ -70,8 +75,11 @@ class KeptTokens:
         return found
 
     def store(self, sets: Sets, note: Any, tokenizer: Any, options: Mapping[str, Any], seconds: float) -> None:
-        """Keep data sets, where making them took long enough; a cache that cannot be written to costs no run."""
-        if self._cache is None or seconds < WORTH_KEEPING_SECONDS:
+        """Keep data sets, where making them took long enough; a cache that cannot be written to costs no run.
+
+        Of the processes of a machine that train together, the first one does it.
+        """
+        if self._cache is None or seconds < WORTH_KEEPING_SECONDS or os.environ.get("LOCAL_RANK", "0") != "0":
             return
         key = self._key(tokenizer, options)
         if key is None:
@@ -88,8 +96,10 @@ class KeptTokens:
         if facts is None:
             return None
         versions = [FORMAT, __version__, *(metadata.version(name) for name in ("transformers", "tokenizers"))]
-        chat_template = getattr(tokenizer, "chat_template", None)
-        return f"{self._rows_key}-{digest_of(facts, chat_template, dict(options), versions)[:32]}"
+        templates = [getattr(tokenizer, "chat_template", None), dict(options)]
+        # Some templates write the date of the day into every row.
+        today = date.today().isoformat() if CLOCK in json.dumps(templates) else None
+        return f"{self._rows_key}-{digest_of(facts, templates, today, versions)[:32]}"
 
 
 def rows_key_of(*parts: Any) -> str:

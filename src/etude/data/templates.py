@@ -10,13 +10,11 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from etude.data import template_worker
+from etude.data import child, template_worker
 from etude.data.template_worker import MAX_CPU_SECONDS, Message, Span
 
 
@@ -45,7 +43,7 @@ class BoundedRenderer:
     """Renders chats in a worker process: per row one second of processor time, 256 MiB and one MiB of added text."""
 
     def __init__(self) -> None:
-        self._worker: subprocess.Popen[bytes] | None = None
+        self._worker: child.Child | None = None
         self._session: object | None = None  # the call of `render` whose replies the worker is writing
         self._at_exit: weakref.finalize[..., BoundedRenderer] | None = None
 
@@ -95,16 +93,9 @@ class BoundedRenderer:
             self._worker.returncode = 0  # nothing to wait for here
         self._worker = self._session = None
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        # -P keeps the folder of the script, whose modules have common names, off the import path.
-        worker = subprocess.Popen(
-            [sys.executable, "-P", template_worker.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        self._at_exit = weakref.finalize(self, _end, worker)
+    def _start(self) -> child.Child:
+        worker = child.start(template_worker)
+        self._at_exit = weakref.finalize(self, child.end, worker)
         return worker
 
     def _send(self, request: dict[str, Any]) -> None:
@@ -138,15 +129,6 @@ def _cause_of_death(exit_code: int) -> str:
     if exit_code == -signal.SIGPROF:
         return f"it needs more than {MAX_CPU_SECONDS:g} s for one row"
     return f"the process that renders it ended with code {exit_code}"
-
-
-def _end(worker: subprocess.Popen[bytes]) -> None:
-    worker.kill()
-    for pipe in (worker.stdin, worker.stdout):
-        assert pipe is not None
-        with contextlib.suppress(BrokenPipeError):  # an unsent request has nobody to go to
-            pipe.close()
-    worker.wait()
 
 
 renderer = BoundedRenderer()

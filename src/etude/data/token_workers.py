@@ -11,16 +11,15 @@ import contextlib
 import json
 import os
 import struct
-import subprocess
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import IO, Any
 
 import numpy as np
 
+from etude.data import child, token_worker
 from etude.data.chat import PLAIN, TrainOn, renders_by_itself, special_tokens, template_of
 from etude.data.encoding import ROW_FIELDS, TOKEN_FIELDS, EncodedChunk, as_chunk, encode_each
 from etude.data.rows import RowSet
@@ -43,11 +42,10 @@ def encoded_chunks(
     template: str | None,
     train_on: TrainOn,
     num_processes: int | None = None,
-) -> Iterator[EncodedChunk]:
+) -> Generator[EncodedChunk, None, None]:
     """All rows in their order, some hundred at a time; see `encode_rows` for the arguments."""
     options: dict[str, Any] = {"format": format, "max_length": max_length, "train_on": train_on}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = min(cores, MAX_WORKERS, len(rows) // ROWS_FOR_A_WORKER) if num_processes is None else num_processes
+    wanted = min(_cores(), MAX_WORKERS, len(rows) // ROWS_FOR_A_WORKER) if num_processes is None else num_processes
     described = description(tokenizer, template, **options) if wanted > 1 and len(rows) else None
     if described is None:
         encoded = encode_each(rows, tokenizer, template=template, **options)
@@ -59,8 +57,18 @@ def encoded_chunks(
         return as_chunk(encode_each(rows.subset(chunk), tokenizer, template=template, **options))
 
     with contextlib.ExitStack() as until_the_end:
-        workers = [until_the_end.enter_context(contextlib.closing(Worker(described))) for _ in range(wanted)]
+        workers = []
+        with contextlib.suppress(OSError):  # no memory, or too many processes: those that have started do it
+            for _ in range(wanted):
+                workers.append(until_the_end.enter_context(contextlib.closing(Worker(described))))
         yield from _in_order(workers, rows, encode_here)
+
+
+def _cores() -> int:
+    """For this process; those of one machine that train together (`torchrun`) each tokenize for themselves."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, cores // max(1, int(sharing) if sharing.isdecimal() else 1))
 
 
 def _in_order(
@@ -69,7 +77,7 @@ def _in_order(
     chunks = [range(start, min(start + CHUNK_ROWS, len(rows))) for start in range(0, len(rows), CHUNK_ROWS)]
     here = encode_here(chunks[0])
     yield here
-    there = workers[0].ask(rows, chunks[0])
+    there = workers[0].ask(rows, chunks[0]) if workers else None
     if there is None or not _is_equal(here, there):
         yield from map(encode_here, chunks[1:])
         return
@@ -119,6 +127,9 @@ def facts_of(tokenizer: Any) -> dict[str, Any] | None:
     if core is None or renders_by_itself(tokenizer) or _encodes_by_itself(tokenizer):
         return None
     try:
+        # What transformers does at every call, which says itself how to cut and pad: the state is that of the last one.
+        core.no_truncation()
+        core.no_padding()
         described = core.to_str()
     except Exception:  # one with parts written in Python has no description, and says so in many ways
         return None
@@ -147,21 +158,8 @@ class Worker:
     """A process that encodes one chunk at a time."""
 
     def __init__(self, described: bytes) -> None:
-        from etude.data import token_worker
-
-        # -P keeps the folder of the script, whose modules have common names, off the import path.
-        self._process: subprocess.Popen[bytes] = subprocess.Popen(
-            [sys.executable, "-P", token_worker.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                "TOKENIZERS_PARALLELISM": "false",  # the cores are taken by the other workers
-                "OMP_NUM_THREADS": "1",
-            },
-        )
+        # The cores are taken by the other workers.
+        self._process = child.start(token_worker, TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
         self._described: bytes | None = described
 
     def ask(self, rows: RowSet, chunk: range) -> EncodedChunk | None:
@@ -182,12 +180,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process; a request under way is answered with None."""
-        self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):
-                pipe.close()
-        self._process.wait()
+        child.end(self._process)
 
 
 def send(stream: IO[bytes], content: bytes) -> None:

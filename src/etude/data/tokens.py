@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from etude.data.chat import TrainOn
-from etude.data.compact import Spool
+from etude.data.compact import FileNumbers, Spool
 from etude.data.encoding import IGNORED, EncodedChunk, encode_each, error_of, nothing_to_learn
 from etude.data.formats import Row
 from etude.data.rows import OnBadRow, RowSet
@@ -58,7 +59,7 @@ class TokenizedRows(Sequence[dict[str, list[int]]]):
 
     def __init__(
         self,
-        columns: dict[str, NDArray[Any]],
+        columns: dict[str, NDArray[Any] | FileNumbers],
         files: Sequence[str],
         source: str,
         statistics: Statistics,
@@ -66,7 +67,9 @@ class TokenizedRows(Sequence[dict[str, list[int]]]):
     ) -> None:
         self.columns, self.files, self.source, self.statistics = columns, list(files), source, statistics
         self.rejected = list(rejected)
-        self._ends, self._input_ids, self._is_learned = (columns[name] for name in ("ends", "input_ids", "is_learned"))
+        self._ends, self._input_ids, self._is_learned = (
+            np.asarray(columns["ends"]), columns["input_ids"], columns["is_learned"]
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -121,8 +124,8 @@ class _Building:
         self._longest = max(self._longest, int(lengths.max(initial=0)))
 
     def finished(self, files: Sequence[str], source: str, rejected: Sequence[DataError]) -> TokenizedRows:
-        columns = {name: self._spools[name].as_array(dtype) for name, dtype in COLUMNS.items()}
-        digests = self._spools["digests"].as_array("<u8")
+        columns = {name: self._spools[name].as_numbers(dtype) for name, dtype in COLUMNS.items()}
+        digests = np.asarray(self._spools["digests"].as_numbers("<u8"))
         statistics = Statistics(
             samples=len(digests),
             tokens=self._tokens,
@@ -186,16 +189,18 @@ def encode_rows(
     rejected = list(rows.rejected)
     building = _Building()
     first = kept = 0
-    for chunk in encoded_chunks(rows, tokenizer, rows.format, max_length, template, train_on, num_processes):
-        numbers = range(first, first + len(chunk.lengths))
-        for error in _errors(chunk, rows, numbers, max_length):
-            if isinstance(error, ModelError) or on_bad_row == "stop":
-                raise error
-            rejected.append(error)
-        is_kept = chunk.supervised > 0
-        places = [rows.origins.place(number) for number in numbers]
-        building.append(chunk, is_kept, [file for file, _ in places], [line for _, line in places])
-        first, kept = numbers.stop, kept + int(is_kept.sum())
+    chunks = encoded_chunks(rows, tokenizer, rows.format, max_length, template, train_on, num_processes)
+    with contextlib.closing(chunks):  # at an error too, which a notebook keeps with all that it came from
+        for chunk in chunks:
+            numbers = range(first, first + len(chunk.lengths))
+            for error in _errors(chunk, rows, numbers, max_length):
+                if isinstance(error, ModelError) or on_bad_row == "stop":
+                    raise error
+                rejected.append(error)
+            is_kept = chunk.supervised > 0
+            places = [rows.origins.place(number) for number in numbers]
+            building.append(chunk, is_kept, [file for file, _ in places], [line for _, line in places])
+            first, kept = numbers.stop, kept + int(is_kept.sum())
     if len(rows) and not kept:
         raise DataError(f"no row is left, all {len(rows)} were skipped; the first: {rejected[0]}")
     return building.finished(rows.origins.files, rows.source, rejected)

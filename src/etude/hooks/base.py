@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from etude.observe.throughput import ThroughputCallback
     from etude.precision import Precision
     from etude.run import Run
-    from etude.saves import SaveAttempts
 
 
 class Composition:
@@ -82,7 +81,6 @@ class Composition:
     current_flos: float
 
     _run: Run | None
-    _save_attempts: SaveAttempts
     _divides_by_items: bool | None
     _given_optimizer: bool
     _given_scheduler: bool

@@ -23,7 +23,7 @@ class CheckpointHooks(Composition):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapters (or the whole model where there are none), and the tokenizer."""
         if self._run is not None and not _internal_call:
-            self._run.saves.settle()  # peft changes its settings for a moment while it writes them
+            self._run.saves.settle()  # whoever saves by hand may look for the checkpoints as well
         self.call_hook(self._save, output_dir or self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -58,7 +58,10 @@ class CheckpointHooks(Composition):
         folder = Path(self.state.best_model_checkpoint or "")
         CheckpointStore(folder.parent).verify(folder)
         adapter.load_weights(self.model, folder)
-        self.notices.say(f"loaded the best model, {folder.name} ({self.state.best_metric})")
+        step, metric = self.state.best_global_step, self.state.best_metric
+        is_written = folder.name == f"checkpoint-{step}"
+        shown = str(metric) if is_written else f"step {step} was better, {metric}, but could not be saved"
+        self.notices.say(f"loaded the best model, {folder.name} ({shown})")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
         """Restore the optimizer's state and the place in the schedule; settings come from the arguments of this run.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -92,8 +93,13 @@ class EvaluationHooks(Composition):
             move_every=args.eval_accumulation_steps,
         )
 
+        run = self._run if self.is_in_train else None
+        interrupts = run.interrupts if run is not None and run.events.evaluation_can_be_repeated() else None
+
         def on_batch() -> None:
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+            if interrupts is not None:
+                interrupts.stop_if_requested()
 
         def run_loop() -> EvalLoopOutput:
             return evaluate(
@@ -106,10 +112,7 @@ class EvaluationHooks(Composition):
                 on_batch=on_batch,
             )
 
-        if self.is_in_train and self._run is not None and self._run.events.evaluation_can_be_repeated():
-            with self._run.interrupts.stopping_at_once():
-                output = run_loop()
-        else:
+        with interrupts.stopping_at_once() if interrupts is not None else nullcontext():
             output = run_loop()
         model.train(was_training)
         metrics = {

@@ -105,11 +105,12 @@ class ProgressHooks(Composition):
     def _try_to_save(self, model: nn.Module, trial: Any) -> None:
         assert self._run is not None
         is_final = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
-        with self._run.saves.beside_training(allowed=not is_final):
+        saves = self._run.saves
+        with saves.beside_training(allowed=not is_final):
             try:
                 self.call_hook(self._save_checkpoint, model, trial=trial)
             except CheckpointError as error:
-                self._save_attempts.failed(error, is_final=is_final, say=self.notices.say)
+                saves.failed(error, is_final=is_final)
                 self.control.should_save = False
                 return
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)

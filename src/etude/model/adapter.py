@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import operator
 from collections.abc import Collection, Iterable, Mapping
@@ -19,9 +20,9 @@ from etude.errors import CheckpointError, ModelError
 EXTRA_WEIGHTS_FILE = "trainable.safetensors"
 """Trainable parameters that are part of no adapter file (a head unfrozen by hand)."""
 
-_cards: WeakKeyDictionary[nn.Module, bytes] = WeakKeyDictionary()
-"""The model card that peft wrote last for a model. It brings one that is there up to date ten times faster than it makes
-one from its template."""
+_cards: WeakKeyDictionary[nn.Module, dict[frozenset[Any], bytes]] = WeakKeyDictionary()
+"""Base model -> methods -> the model card that peft wrote last. It brings one that is there up to date ten times faster than
+it makes one from its template."""
 
 MAX_OTHER_HEADER_BYTES = 1 << 18
 """For what a safetensors header holds beside its tensors: the format, notes of other tools."""
@@ -204,6 +205,17 @@ def saved_tensors(model: Any) -> SavedTensors | None:
     return SavedTensors(in_adapters, {name: parameters[name] for name in beside}, list(parameter_names(model)))
 
 
+def with_own_settings(model: Any) -> Any:
+    """The same layers and weights, but settings of its own: peft changes them for a moment while it saves, and may not do
+    that to a model that is trained meanwhile."""
+    if is_mixed(model):  # peft has no file for it
+        return model
+    twin, tuner = copy.copy(model), copy.copy(model.base_model)
+    twin._modules = {**model._modules, "base_model": tuner}
+    twin.peft_config = {name: copy.copy(config) for name, config in model.peft_config.items()}  # sets keep their order
+    return twin
+
+
 def save_weights(
     model: Any,
     folder: Path,
@@ -220,12 +232,13 @@ def save_weights(
     if is_peft(model):
         options = {"state_dict": state_dict} if state_dict is not None else {}
         if not is_mixed(model):
-            card = folder / "README.md"
-            if model in _cards and not card.exists():
-                card.write_bytes(_cards[model])
+            card, cards = folder / "README.md", _cards.setdefault(model.get_base_model(), {})
+            methods = frozenset(config.peft_type for config in model.peft_config.values())
+            if methods in cards and not card.exists():
+                card.write_bytes(cards[methods])
             model.save_pretrained(str(folder), save_embedding_layers=_saves_embeddings(model), **options)
             if card.is_file():
-                _cards[model] = card.read_bytes()
+                cards[methods] = card.read_bytes()
         extra = uncovered_parameters(model) if beside is None else beside
         if extra:
             save_file({name: tensor.cpu().contiguous() for name, tensor in extra.items()}, folder / EXTRA_WEIGHTS_FILE)

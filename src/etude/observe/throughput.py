@@ -82,6 +82,7 @@ class ThroughputCallback:
         self._step_before = state.global_step
         self.seconds_per_step = self.seconds_left = None
         self._all_tokens, self._all_seconds, self._all_waited = 0, 0.0, 0.0
+        self._saving_seconds = 0.0
         self._restart()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
