@@ -125,6 +125,18 @@ def test_a_draft_that_is_not_committed_leaves_nothing(store: CheckpointStore) ->
     assert names(store) == ["checkpoint-1"]
 
 
+def test_a_draft_that_was_moved_away_is_not_committed_in_part(store: CheckpointStore, tmp_path: Path) -> None:
+    """Whoever writes by name makes the folder anew, and what came before is missing there."""
+    save(store, 1)
+    with pytest.raises(CheckpointError, match="step 2"), store.begin(2) as draft:
+        draft.write("state.json", b"x")
+        draft.path.rename(tmp_path / "moved")
+        draft.path.mkdir()
+        draft.write("adapter.safetensors", b"y")
+        draft.commit(step=2, extra={})
+    assert names(store) == ["checkpoint-1"]
+
+
 def test_an_error_after_the_commit_does_not_undo_it(store: CheckpointStore) -> None:
     with pytest.raises(OSError, match="disk"), store.begin(2) as draft:
         draft.write("state.json", b"x")

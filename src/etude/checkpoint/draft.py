@@ -66,7 +66,12 @@ class Draft:
         self.path, self.step = path, step
         self._final, self._intact = final, intact
         self._closed = self._committed = False
+        self._identity = (0, 0)
         open_drafts.add(path.name)
+
+    def make_folder(self) -> None:
+        self.path.mkdir()
+        self._identity = _identity_of(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -110,6 +115,7 @@ class Draft:
             raise CheckpointError(f"commit(step={step}) of step {self.step} with {sorted(extra)}", path=self._final)
         self._closed = True
         with self.failures_named():
+            self._require_same_folder()
             folders, names = self._tree()
             files = {name: self._seal(name) for name in names}
             raw, manifest = self._manifest({"format": FORMAT, "step": step, "files": files, **extra})
@@ -117,6 +123,7 @@ class Draft:
             self._seal(MANIFEST)
             for folder in reversed(folders):
                 sync_folder(folder)
+            self._require_same_folder()
             self._publish()
         self._committed = True
         return Checkpoint(self._final, step, manifest)
@@ -129,6 +136,11 @@ class Draft:
         except OSError as error:
             shown = self._final / name if name else self._final
             self._fail(error, shown, size_of(self.path) if needed_bytes is None else needed_bytes, cause=error)
+
+    def _require_same_folder(self) -> None:
+        """Where the folder was moved away, whoever writes by name makes another one, in which the files before are missing."""
+        if _identity_of(self.path) != self._identity:
+            raise OSError(errno.ENOENT, "the folder was moved or deleted meanwhile", str(self.path))
 
     def _tree(self) -> tuple[list[Path], list[str]]:
         """Folders, each before those inside it, and the names of regular files. Links and devices stay unlisted."""
@@ -198,6 +210,11 @@ class Draft:
         free = megabytes(estimate_free_bytes(self._final.parent))
         message = f"{name_of(error)} while saving step {self.step}: needs {megabytes(needed_bytes)}, free {free}; {self._intact}"
         raise CheckpointError(message, path=shown, step=self.step) from cause
+
+
+def _identity_of(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def _raise(error: OSError) -> NoReturn:

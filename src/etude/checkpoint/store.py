@@ -112,7 +112,7 @@ class CheckpointStore:
         draft = Draft(final, self._aside("tmp", step), step, intact)
         with draft.failures_named():
             make_folder_durably(self.root)
-            draft.path.mkdir()
+            draft.make_folder()
         return draft
 
     def committed(self) -> list[Checkpoint]:
