@@ -16,7 +16,7 @@ from etude.errors import DataError
 from etude.estimates import optimizer_state_bytes
 from etude.hooks.base import Composition, accepts, as_tuple
 from etude.kernels.cross_entropy import GPU_ROWS
-from etude.kernels.offload import measured_rates
+from etude.kernels.offload import Rates, measured_rates
 from etude.kernels.plan import CompileSwitch
 from etude.model import loss as model_loss
 from etude.model.graphs import GraphedLoss, graph_obstacle, launch_bound_tokens
@@ -112,7 +112,9 @@ class ForwardHooks(Composition):
         """Decide what our own layers keep for the backward pass, and where; returns the token budget."""
         kernels, device = self.path.plan, self.args.device
         num_layers, layer = len(kernels.blocks), LayerBytes(*kernels.layer_bytes())
-        rates = measured_rates(device, kernels.blocks[0].qkv.dtype)
+        may_offload = self.args.activation_offloading
+        # Without copies only the ratios of the products count, and nothing has to be measured.
+        rates = measured_rates(device, kernels.blocks[0].qkv.dtype) if may_offload else Rates(products=1.0, copies=0.0)
         tokens_of_rows = inputs["attention_mask"].sum(dim=1)
         planned = functools.partial(
             plan_memory,
@@ -134,8 +136,7 @@ class ForwardHooks(Composition):
         if self.args.gradient_checkpointing or self.args.activation_checkpointing:
             memory_plan = MemoryPlan(planned().tokens, num_recomputed=num_layers)
         else:
-            host_room = (free_memory_bytes() or 0) if self.args.activation_offloading else 0
-            memory_plan = planned(host_room=host_room)
+            memory_plan = planned(host_room=(free_memory_bytes() or 0) if may_offload else 0)
         try:
             self._keep(memory_plan, layer)
         except RuntimeError as error:  # whatever kept the machine from pinning so much

@@ -1,8 +1,8 @@
 """The operations of `fp8` as Triton kernels: rows are rounded where they are made, and read once where they are not.
 
-One program holds one row in registers, finds its largest number and writes it in e4m3; what goes before it (a norm)
-is rounded to its own type first, so that the result is the one of a pass of its own. Importing this
-module needs Triton. Legend as in `reference`.
+One program holds one row in registers, finds its largest number and writes it in e4m3; the norm before it is rounded to its
+own type first, so that the result is the one of a pass of its own. Importing this module needs Triton. Legend as in
+`reference`.
 """
 
 from __future__ import annotations

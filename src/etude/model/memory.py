@@ -198,7 +198,7 @@ def plan_memory(
         return seconds_per_token(plan, layer, num_layers, seconds, rows), -plan.tokens
 
     def fastest(*budgets: int) -> MemoryPlan | None:
-        plans = (plan for tokens in budgets for plan in _plans(tokens, layer, num_layers, head, limit))
+        plans = (plan for tokens in budgets for plan in _plans(tokens, layer, num_layers, head, limit, host_limit > 0))
         return min((plan for plan in plans if plan.host_bytes(layer) <= host_limit), key=cost, default=None)
 
     candidates = CANDIDATE_TOKENS if wanted_tokens is None else (wanted_tokens,)
@@ -219,10 +219,13 @@ def _smallest(tokens: int, num_layers: int, layer: LayerBytes, host_limit: int) 
     return [plan for plan in plans if plan.host_bytes(layer) <= host_limit]
 
 
-def _plans(tokens: int, layer: LayerBytes, num_layers: int, head: HeadBytes, limit: int) -> Iterator[MemoryPlan]:
+def _plans(
+    tokens: int, layer: LayerBytes, num_layers: int, head: HeadBytes, limit: int, may_offload: bool
+) -> Iterator[MemoryPlan]:
     """For every number of layers that are offloaded and run again, the fewest that make their gates again to fit `limit`."""
+    most_offloaded = max(0, num_layers - 2) if may_offload else 0  # the last are asked for at once
     for recomputes_offloaded in (False, True):
-        for num_offloaded in range(int(recomputes_offloaded), max(1, num_layers - 1)):  # the last are asked for at once
+        for num_offloaded in range(int(recomputes_offloaded), most_offloaded + 1):
             for num_recomputed in range(num_layers - num_offloaded + 1):
                 plan = MemoryPlan(tokens, num_recomputed, 0, num_offloaded, recomputes_offloaded)
                 fitting = _fitting(_with_more_in_flight(plan, layer, num_layers, limit), layer, num_layers, head, limit)
