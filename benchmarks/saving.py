@@ -29,6 +29,12 @@ from etude.checkpoint import CheckpointStore
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS, TOKENS = 512, 64
 
+WAYS = {
+    "no saves": {"in_background": False, "saves": False},
+    "in place": {"in_background": False, "saves": True},
+    "in the background": {"in_background": True, "saves": True},
+}
+
 
 def build_model(num_layers: int) -> Any:
     torch.manual_seed(0)
@@ -141,15 +147,13 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=None, help="where checkpoints go; a temporary folder if not given"
     )
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--out", type=Path, default=None, help="a JSON file for the results")
     options = parser.parse_args()
-    if options.device == "cuda":  # what is compiled or allocated once is not measured
-        measure(options, in_background=False, saves=False)
-    results = {
-        "no saves": measure(options, in_background=False, saves=False),
-        "in place": measure(options, in_background=False, saves=True),
-        "in the background": measure(options, in_background=True, saves=True),
-    }
+    results = {}
+    for way in options.ways:
+        results[way] = measure(options, **WAYS[way])
+        print(way, json.dumps(results[way]), flush=True)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     document = {"machine": machine, "torch": torch.__version__, "layers": options.layers, "every": options.every}
     text = json.dumps(document | {"results": results}, indent=1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etude.kernels import fused, fused_gate, reference, transfer
+from etude.kernels import fused, fused_gate, fused_norm, reference, transfer
 
 NOISE = 4e-6
 """Of float32 arithmetic, relative to the largest term: sums of a row, exponentials of numbers up to 30."""
@@ -68,17 +68,47 @@ def check_rms_norm(
     assert_rounded_once(out, exact, row_magnitude(exact))
 
 
-def check_rms_norm_backward(inputs: Inputs, T: int, D: int, *, offset: float, residual: bool, apart: int) -> None:
+def check_add_rms_norm(inputs: Inputs, T: int, D: int, *, offset: float, into: str, apart: int) -> None:
+    """`into`: where the sum is written, over "h" or "product", or elsewhere."""
+    h, product = inputs.rows(T, D, seed=0, apart=apart) * 3, inputs.rows(T, D, seed=1, apart=apart)
+    weight, out = inputs.vector(D, seed=2), inputs.rows(T, D, seed=3, apart=apart)
+    exact_sum = h.double() + product.double()
+    sizes = h.double().abs() + product.double().abs()
+    total = {"h": h, "product": product}.get(into, inputs.rows(T, D, seed=4, apart=apart))
+    scale = fused.add_rms_norm(h, product, weight, offset, 1e-6, total, out)
+    assert_rounded_once(total, exact_sum, sizes)
+    exact = torch.empty(T, D, dtype=torch.float64, device=h.device)
+    exact_scale = reference.rms_norm(
+        total.double(), weight.double(), offset, 1e-6, exact
+    )  # of the sum as it was rounded
+    assert scale.dtype == torch.float32
+    torch.testing.assert_close(scale.double(), exact_scale, rtol=NOISE, atol=0.0)
+    assert_rounded_once(out, exact, row_magnitude(exact))
+
+
+def check_rms_norm_backward(
+    inputs: Inputs, T: int, D: int, *, offset: float, residual: bool, apart: int, rank: int = 0
+) -> None:
+    """With a rank: of a gradient to which an adapter adds."""
     h, grad = inputs.rows(T, D, seed=0, apart=apart) * 3, inputs.rows(T, D, seed=1, apart=apart)
     weight = inputs.vector(D, seed=2)
     around = inputs.rows(T, D, seed=3, apart=apart) if residual else None
     scale = torch.rsqrt(h.double().square().mean(dim=1) + 1e-6).float()
+    update, exact_update = None, None
+    if rank:
+        update = reference.Reduction(inputs.rows(T, rank, seed=4), inputs.rows(rank, D, seed=5, apart=apart))
+        exact_update = reference.Reduction(*(part.double() for part in update))
+    exact_around = None if around is None else around.double()
     exact = reference.rms_norm_backward(
-        grad.double(), h.double(), weight.double(), offset, scale.double(), None if around is None else around.double()
+        grad.double(), h.double(), weight.double(), offset, scale.double(), exact_around, exact_update
     )
-    ours = fused.rms_norm_backward(grad, h, weight, offset, scale, around)
+    before = grad.clone()
+    ours = fused.rms_norm_backward(grad, h, weight, offset, scale, around, update)
     assert ours.dtype == h.dtype
-    assert_rounded_once(ours, exact, row_magnitude(exact))
+    is_high = rank > fused_norm.MOST_RANKS  # there the sum is rounded on the way
+    assert torch.equal(grad, before) == (not is_high)
+    slack = 1.0 + (torch.finfo(h.dtype).eps / NOISE if is_high else 0.0)
+    assert_rounded_once(ours, exact, slack * row_magnitude(exact))
 
 
 def check_rotate(inputs: Inputs, T: int, H: int, d: int, *, norm: bool, in_place: bool, table: torch.dtype) -> None:
@@ -105,6 +135,54 @@ def check_rotate(inputs: Inputs, T: int, H: int, d: int, *, norm: bool, in_place
     out = grad if in_place else torch.empty_like(grad)
     fused.rotate_backward(grad, cos, sin, out, kept, weight, offset, scale)
     assert_rounded_once(out, exact, row_magnitude(exact))
+
+
+def check_rotate_heads(
+    inputs: Inputs, T: int, counts: tuple[int, int], d: int, *, query_norm: bool, key_norm: bool, table: torch.dtype
+) -> None:
+    """Forward and backward, of rows that are wider than their heads; what is beside them stays as it is."""
+    H, K = counts
+    width = (H + 2 * K) * d
+    wide, wide_out = inputs.rows(T, width + 24, seed=0), inputs.rows(T, width + 24, seed=1)
+    qkv, into = wide[:, 8:-16], wide_out[:, 8:-16]
+    cos, sin = (Inputs(inputs.device, table).rows(T, d, seed=seed) for seed in (2, 3))
+    norms = [
+        reference.HeadNorm(inputs.vector(d, seed=seed), offset, 1e-6) if is_normed else None
+        for seed, offset, is_normed in ((4, 1.0, query_norm), (5, 0.0, key_norm))
+    ]
+    exact_norms = [None if norm is None else norm._replace(weight=norm.weight.double()) for norm in norms]
+    exact = [torch.empty(T, heads, d, dtype=torch.float64, device=qkv.device) for heads in (H, K, K)]
+    exact_scales = reference.rotate_heads(qkv.double(), cos.double(), sin.double(), *exact, *exact_norms)
+    outputs = [torch.empty(T, heads, d, dtype=qkv.dtype, device=qkv.device) for heads in (H, K, K)]
+    scales = fused.rotate_heads(qkv, cos, sin, *outputs, *norms)
+    assert_rounded_once(outputs[0], exact[0], row_magnitude(exact[0]))
+    assert_rounded_once(outputs[1], exact[1], row_magnitude(exact[1]))
+    assert torch.equal(outputs[2].double(), exact[2])
+    for scale, exact_scale, norm in zip(scales, exact_scales, norms, strict=True):
+        assert (scale is None) == (norm is None)
+        if scale is not None and exact_scale is not None:
+            assert scale.dtype == torch.float32
+            torch.testing.assert_close(scale.double(), exact_scale, rtol=NOISE, atol=0.0)
+
+    # Gradients come with heads first in memory, as some attention kernels hand them back.
+    gradients = [inputs.rows(heads, T, d, seed=6 + place).transpose(0, 1) for place, heads in enumerate((H, K, K))]
+    undone, exact_undone = [], []
+    for heads, norm, scale in zip(qkv.unflatten(1, (-1, d)).split([H, K, K], dim=1), norms, scales, strict=False):
+        is_normed = norm is not None and scale is not None
+        undone.append(reference.NormedHeads(heads, norm.weight, norm.offset, scale) if is_normed else None)
+        exact_undone.append(
+            reference.NormedHeads(heads.double(), norm.weight.double(), norm.offset, scale.double())
+            if is_normed
+            else None
+        )
+    exact_rows = torch.empty(T, width, dtype=torch.float64, device=qkv.device)
+    wides = (gradient.double() for gradient in gradients)
+    reference.rotate_heads_backward(*wides, cos.double(), sin.double(), exact_rows, *exact_undone)
+    before = wide_out.clone()
+    fused.rotate_heads_backward(*gradients, cos, sin, into, *undone)
+    exact_heads = exact_rows.unflatten(1, (-1, d))
+    assert_rounded_once(into.unflatten(1, (-1, d)), exact_heads, row_magnitude(exact_heads))
+    assert torch.equal(wide_out[:, :8], before[:, :8]) and torch.equal(wide_out[:, -16:], before[:, -16:])
 
 
 def check_gate(inputs: Inputs, T: int, F: int, *, activation: str, in_place: bool, apart: int) -> None:
@@ -162,13 +240,17 @@ def check_gate_updated(
         sizes += update.reduced.double().abs() @ B.double().abs().t()
     gate_size, up_size = sizes.chunk(2, dim=1)
     out = inputs.rows(T, F, seed=6)
-    reduced = fused.gate_updated(gate_up, update, activation, out, A)
+    wide = inputs.rows(T, next_rank + 3, seed=9)
+    room, beside = (None if A is None else wide[:, :next_rank]), wide[:, next_rank:].clone()
+    reduced = fused.gate_updated(gate_up, update, activation, out, A, room)
     is_high = max(*ranks, next_rank) > fused_gate.MOST_RANKS  # there the updated gates are rounded on the way
     slack = 1.0 + (torch.finfo(grad.dtype).eps / NOISE if is_high else 0.0)
     assert_rounded_once(out, exact, slack * gate_size * up_size)
     assert (reduced is None) == (A is None)
     if reduced is not None and A is not None:  # of the product as it was rounded
         assert_close_to_sum(reduced, out, A.t(), slack)
+        assert torch.equal(wide[:, :next_rank], reduced)
+    assert torch.equal(wide[:, next_rank:], beside)
 
     exact_gradients = torch.empty(T, 2 * F, dtype=torch.float64, device=grad.device)
     exact_reduction = None if reduction is None else reference.Reduction(*(part.double() for part in reduction))
@@ -184,7 +266,8 @@ def check_gate_updated(
     all_B, all_A = fused.gate_updated_backward(grad, gate_up, update, activation, gradients, reduction, product)
     assert_rounded_once(gradients, exact_gradients, slack * magnitude)
     assert torch.equal(product, out)
-    assert all_B.shape == B.shape and (all_A is None) == (reduction is None)
+    all_B, all_A = (parts.sum(dim=0) if parts is not None and parts.dim() == 3 else parts for parts in (all_B, all_A))
+    assert all_B is not None and all_B.shape == B.shape and (all_A is None) == (reduction is None)
     gate_rank = ranks[0]
     assert_close_to_sum(all_B[:F, :gate_rank], gradients[:, :F].t(), update.reduced[:, :gate_rank], slack)
     assert_close_to_sum(all_B[F:, gate_rank:], gradients[:, F:].t(), update.reduced[:, gate_rank:], slack)
@@ -210,6 +293,10 @@ def check_add_product(inputs: Inputs, T: int, columns: int, R: int, *, apart: in
     fused.add_product(wide[:, 4:-5], left, right)
     assert_rounded_once(wide[:, 4:-5], exact, terms)
     assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, -5:], before[:, -5:])
+    residual = inputs.rows(T, columns, seed=3)
+    again = before[:, 4:-5].clone()
+    fused.add_product(again, left, right.t().contiguous().t(), residual)
+    assert_rounded_once(again, exact + residual.double(), terms + residual.double().abs())
 
 
 def check_copy_rows(inputs: Inputs, T: int, R: int) -> None:
@@ -219,6 +306,10 @@ def check_copy_rows(inputs: Inputs, T: int, R: int) -> None:
     fused.copy_rows(source, wide[:, 4 : 4 + R])
     assert torch.equal(wide[:, 4 : 4 + R], source)
     assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, 4 + R :], before[:, 4 + R :])
+    scale, scaled = Inputs(inputs.device, torch.float32).vector(T, seed=2), torch.empty_like(source)
+    fused.copy_rows(source, scaled, scale)
+    exact = source.double() * scale.double()[:, None]
+    assert_rounded_once(scaled, exact, exact.abs())
 
 
 FACTORS = [(1, 33), (8, 100), (3, 4100), (200, 7)]
@@ -265,9 +356,17 @@ def check_accumulate(inputs: Inputs, I: int, members: list[tuple[int, int]], *, 
             shares.append(transfer.Share(True, start * I, I, of_A, 1.0))
             shares.append(transfer.Share(False, output * R + start, R, of_B, scaling))
         output, start = output + outputs, start + rank
-    transfer.Accumulate(shares).add(all_A, all_B, factor, offset)
+    before = [share.total.clone() for share in shares]
+    accumulate = transfer.Accumulate(shares)
+    accumulate.add(all_A, all_B, factor, offset)
     for share, expected in zip(shares, exact, strict=True):
         assert_rounded_once(share.total, expected, expected.abs() + 10.0)
+    for share, total in zip(shares, before, strict=True):
+        share.total.copy_(total)
+    parts_A, parts_B = (torch.stack([product, 2.0 * product, -2.0 * product]) for product in (all_A, all_B))
+    accumulate.add(parts_A, parts_B[:1], factor, offset)
+    for share, expected in zip(shares, exact, strict=True):
+        assert_rounded_once(share.total, expected, 5 * expected.abs() + 10.0)
 
 
 def check_drop(inputs: Inputs, T: int, F: int) -> None:

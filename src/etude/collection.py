@@ -24,13 +24,38 @@ def paused() -> Iterator[None]:
                 gc.enable()
 
 
+_holders: set[object] = set()
+"""Who wants objects to be frozen at this moment. Counted here: Python's own count includes what the program around us has
+frozen, and from 3.12 on objects that are immortal, so that it is never 0."""
+
+_has_trained = False
+
+
 @contextmanager
 def frozen() -> Iterator[None]:
-    """Leave out of every collection what is there already; what is made meanwhile is collected as ever."""
-    is_outermost = gc.get_freeze_count() == 0
-    gc.freeze()
+    """Leave out of every collection what is there already; what is made meanwhile is collected as ever.
+
+    Afterwards nothing is frozen, also not what somebody else froze: Python cannot take back one without the other, and a
+    model that was left out of every collection would never leave memory.
+    """
+    holder = object()
+    _holders.add(holder)
     try:
+        gc.freeze()
         yield
     finally:
-        if is_outermost:
+        _holders.discard(holder)
+        if not _holders:
             gc.unfreeze()
+
+
+@contextmanager
+def frozen_for_training() -> Iterator[None]:
+    """As `frozen`; but a model that a training before this one has left behind goes first, or it would stay for all of it."""
+    global _has_trained
+    if _has_trained and not _holders:
+        gc.unfreeze()
+        gc.collect()
+    _has_trained = True
+    with frozen():
+        yield

@@ -18,7 +18,7 @@ from etude.arguments import TrainingArguments
 from etude.callbacks import CallbackHandler, DefaultFlowCallback, TrainerControl
 from etude.checkpoint.resume import find_checkpoint
 from etude.checkpoint.store import CheckpointStore
-from etude.collection import frozen
+from etude.collection import frozen_for_training
 from etude.cut import AsCollated
 from etude.data.batching import StepBatches
 from etude.data.collate import default_collator
@@ -244,7 +244,7 @@ class Trainer(
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         with ExitStack() as until_the_end:
-            until_the_end.enter_context(frozen())
+            until_the_end.enter_context(frozen_for_training())
             self.is_in_train = True
             until_the_end.callback(setattr, self, "is_in_train", False)
             self._memory_of_training = until_the_end.enter_context(self.memory.stage("train"))

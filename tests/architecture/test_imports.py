@@ -37,6 +37,8 @@ OPTIONAL_FILES: set[tuple[str, str]] = {
     ("kernels/fused_cross_entropy.py", "triton"),
     ("kernels/fused_fp8.py", "triton"),
     ("kernels/fused_gate.py", "triton"),
+    ("kernels/fused_heads.py", "triton"),
+    ("kernels/fused_norm.py", "triton"),
     ("kernels/transfer.py", "triton"),
 }
 

@@ -18,6 +18,7 @@ from fused_checks import (
     Inputs,
     check_accumulate,
     check_add_product,
+    check_add_rms_norm,
     check_copy_rows,
     check_drop,
     check_gate,
@@ -26,6 +27,7 @@ from fused_checks import (
     check_rms_norm,
     check_rms_norm_backward,
     check_rotate,
+    check_rotate_heads,
 )
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +55,21 @@ def test_rms_norm_backward(inputs: Inputs, T: int, D: int, apart: int, offset: f
     check_rms_norm_backward(inputs, T, D, offset=offset, residual=residual, apart=apart)
 
 
+@pytest.mark.parametrize(("offset", "into"), [(0.0, "h"), (1.0, "product"), (1.0, "another")])
+@pytest.mark.parametrize(("T", "D", "apart"), ROWS)
+def test_add_rms_norm(inputs: Inputs, T: int, D: int, apart: int, offset: float, into: str) -> None:
+    check_add_rms_norm(inputs, T, D, offset=offset, into=into, apart=apart)
+
+
+@pytest.mark.parametrize(("offset", "residual"), [(0.0, False), (1.0, True)])
+@pytest.mark.parametrize("rank", [5, 16, 64, 70])
+@pytest.mark.parametrize(("T", "D", "apart"), [*ROWS, (33, 576, 16), (1000, 5376, 32)])
+def test_rms_norm_backward_with_an_update(
+    inputs: Inputs, T: int, D: int, apart: int, rank: int, offset: float, residual: bool
+) -> None:
+    check_rms_norm_backward(inputs, T, D, offset=offset, residual=residual, apart=apart, rank=rank)
+
+
 @pytest.mark.parametrize(("norm", "in_place"), [(False, True), (False, False), (True, True), (True, False)])
 @pytest.mark.parametrize(
     ("T", "H", "d"), [(1, 3, 20), (7, 5, 100), (2048, 8, 64), (2048, 32, 128), (512, 64, 128), (1000, 4, 256)]
@@ -60,6 +77,17 @@ def test_rms_norm_backward(inputs: Inputs, T: int, D: int, apart: int, offset: f
 def test_rotate(inputs: Inputs, T: int, H: int, d: int, norm: bool, in_place: bool) -> None:
     table = inputs.dtype if in_place else torch.float32
     check_rotate(inputs, T, H, d, norm=norm, in_place=in_place, table=table)
+
+
+@pytest.mark.parametrize(("query_norm", "key_norm"), [(False, False), (True, True), (False, True)])
+@pytest.mark.parametrize(
+    ("T", "counts", "d"), [(1, (3, 1), 20), (7, (70, 3), 100), (2048, (32, 8), 128), (1000, (4, 1), 256)]
+)
+def test_rotate_heads(
+    inputs: Inputs, T: int, counts: tuple[int, int], d: int, query_norm: bool, key_norm: bool
+) -> None:
+    table = inputs.dtype if query_norm else torch.float32
+    check_rotate_heads(inputs, T, counts, d, query_norm=query_norm, key_norm=key_norm, table=table)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -478,13 +478,6 @@ def trainable_bias() -> nn.Module:
     return with_lora(tiny_llama(attention_bias=True), task_type="CAUSAL_LM", target_modules=["down_proj"], bias="all")
 
 
-def two_adapters() -> nn.Module:
-    model = with_lora(tiny_llama(), task_type="CAUSAL_LM")
-    model.add_adapter("second", model.peft_config["default"])
-    model.base_model.set_adapter(["default", "second"])
-    return model
-
-
 def disabled() -> nn.Module:
     model = with_lora(tiny_llama(), task_type="CAUSAL_LM")
     model.base_model.disable_adapter_layers()
@@ -525,9 +518,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: with_lora(tiny_llama(), target_modules=["q_proj"], modules_to_save=["up_proj"]),
         "ModulesToSaveWrapper layers (up_proj)",
     ),
-    "DoRA": (lambda: adapted("llama", use_dora=True), "a variant of LoRA"),
-    "LoRA with a bias": (lambda: adapted("llama, all biases", lora_bias=True), "LoRA with a bias (q_proj)"),
-    "two active adapters": (two_adapters, "2 active adapters (q_proj)"),
+    "DoRA with dropout": (lambda: adapted("llama", use_dora=True, lora_dropout=0.1), "DoRA with dropout (q_proj)"),
     "disabled adapters": (disabled, "adapters are disabled"),
     "a merged adapter": (merged, "the adapter is merged"),
     "another activation": (lambda: with_lora(tiny_llama(hidden_act="relu")), "an activation other than SiLU and GELU"),

@@ -74,6 +74,33 @@ def test_the_gradient_of_rms_norm(offset: float, with_residual: bool) -> None:
     torch.testing.assert_close(ours, theirs if around is None else around + theirs)
 
 
+def test_the_gradient_of_a_norm_before_an_adapter() -> None:
+    """The output reaches the loss twice: as it is, and through A."""
+    h, weight, grad = values(5, 12, seed=0).requires_grad_(), values(12, seed=1), values(5, 12, seed=2)
+    update = reference.Reduction(values(5, 3, seed=3), values(3, 12, seed=4))
+    plain = plain_norm(h, weight)
+    (theirs,) = torch.autograd.grad((plain, plain @ update.A.t()), h, (grad, update.grad_reduced))
+
+    scale = reference.rms_norm(h.detach(), weight, 0.0, 1e-3, torch.empty(5, 12, dtype=torch.float64))
+    ours = reference.rms_norm_backward(grad, h.detach(), weight, 0.0, scale, grad, update)
+    torch.testing.assert_close(ours, grad + theirs)
+
+
+def test_the_norm_of_a_sum() -> None:
+    h, product, weight = values(5, 12, seed=0), values(5, 12, seed=1), values(12, seed=2)
+    exact, out = h + product, torch.empty(5, 12, dtype=torch.float64)
+    scale = reference.add_rms_norm(h, product, weight, 1.0, 1e-3, product, out)
+    torch.testing.assert_close(product, exact)
+    torch.testing.assert_close(out, plain_norm(exact, 1.0 + weight))
+    torch.testing.assert_close(scale, (exact.square().mean(dim=1) + 1e-3).rsqrt())
+
+    total, out = (torch.empty(5, 12, dtype=torch.bfloat16) for _ in range(2))
+    scale = reference.add_rms_norm(h.bfloat16(), h.bfloat16() / 3, weight.bfloat16(), 1.0, 1e-3, total, out)
+    torch.testing.assert_close(
+        scale, (total.float().square().mean(dim=1) + 1e-3).rsqrt()
+    )  # of the sum as it was rounded
+
+
 @pytest.mark.parametrize("normed", [False, True])
 def test_the_gradient_of_rotate(normed: bool) -> None:
     x, grad = values(4, 3, 10, seed=0).requires_grad_(), values(4, 3, 10, seed=1)
@@ -87,6 +114,32 @@ def test_the_gradient_of_rotate(normed: bool) -> None:
     torch.testing.assert_close(out, plain.detach())
     reference.rotate_backward(grad, cos, sin, grad, x.detach(), weight, 1.0, scale)
     torch.testing.assert_close(grad, theirs)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_gradient_of_rotated_heads(normed: bool) -> None:
+    """Three heads of queries, two of keys and values, in this order in every row."""
+    qkv, cos, sin = values(4, 7 * 10, seed=0).requires_grad_(), values(4, 10, seed=1), values(4, 10, seed=2)
+    norms = [reference.HeadNorm(values(10, seed=seed), 1.0, 1e-3) if normed else None for seed in (3, 4)]
+    x = [part.unflatten(1, (-1, 10)) for part in qkv.split([30, 20, 20], dim=1)]
+    query, key = (
+        plain_rotation(heads if norm is None else plain_norm(heads, 1.0 + norm.weight), cos, sin)
+        for heads, norm in zip(x, norms, strict=False)
+    )
+    grads = [values(4, heads, 10, seed=5 + heads) for heads in (3, 2, 2)]
+    (theirs,) = torch.autograd.grad((query, key, x[2]), qkv, grads)
+
+    outputs = [torch.empty(4, heads, 10, dtype=torch.float64) for heads in (3, 2, 2)]
+    scales = reference.rotate_heads(qkv.detach(), cos, sin, *outputs, *norms)
+    for ours, plain in zip(outputs, (query, key, x[2]), strict=True):
+        torch.testing.assert_close(ours, plain.detach())
+    undone = [
+        None if norm is None or scale is None else reference.NormedHeads(heads.detach(), *norm[:2], scale)
+        for heads, norm, scale in zip(x, norms, scales, strict=False)
+    ]
+    gradient = torch.empty(4, 70, dtype=torch.float64)
+    reference.rotate_heads_backward(*grads, cos, sin, gradient, *undone)
+    torch.testing.assert_close(gradient, theirs)
 
 
 @pytest.mark.parametrize("activation", [SILU, GELU_TANH])

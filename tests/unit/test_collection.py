@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from etude import TrainerCallback
 from etude.collection import frozen, paused
 from short_run import short_trainer
+from tiny import causal_lora
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +76,51 @@ def test_the_loop_runs_over_frozen_objects() -> None:
     trainer.train()
     assert len(frozen_at) == 2 and min(frozen_at) > 10_000
     assert gc.get_freeze_count() == 0 and gc.isenabled()
+
+
+class Fails(TrainerCallback):
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        raise ValueError("as asked")
+
+
+def weights_after(*, fails: bool = False, trainings: int = 1) -> list[weakref.ref[Any]]:
+    """The base weights of a model that was trained by layers of our own, and let go of; nothing was collected since."""
+    model = causal_lora()
+    weights = [weakref.ref(parameter) for parameter in model.parameters() if not parameter.requires_grad]
+    trainer = short_trainer(model, max_steps=2, callbacks=[Fails()] if fails else [])
+    del model
+    for _ in range(trainings):
+        with pytest.raises(ValueError, match="as asked") if fails else nullcontext():
+            trainer.train()
+        assert trainer.path.plan.blocks
+    return weights
+
+
+@pytest.mark.parametrize("is_frozen_before", [False, True], ids=["nothing frozen before", "frozen before"])
+@pytest.mark.parametrize("how", [{}, {"fails": True}, {"trainings": 2}], ids=["trained", "failed", "trained twice"])
+def test_a_model_that_was_trained_leaves_memory(how: dict[str, Any], is_frozen_before: bool) -> None:
+    if is_frozen_before:  # by the program around us; on Python 3.12 some objects always are
+        gc.freeze()
+    weights = weights_after(**how)
+    gc.collect()
+    assert weights and all(weight() is None for weight in weights)
+
+
+def test_a_model_of_a_training_before_does_not_stay_for_the_next_one() -> None:
+    gc.collect()
+    gc.disable()  # chance would collect it, or not
+    try:
+        weights = weights_after()
+        left: list[int] = []
+
+        class Watcher(TrainerCallback):
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                left.append(sum(weight() is not None for weight in weights))
+
+        short_trainer(max_steps=1, callbacks=[Watcher()]).train()
+    finally:
+        gc.enable()
+    assert left == [0]
 
 
 def test_public_names_are_imported_without_it() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from etude.kernels.projection import Drop, Projection, operations
-from etude.kernels.reference import Reduction
+from etude.kernels.reference import HeadNorm, NormedHeads, Reduction
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (T, H, d), k and v (T, K, d) -> (T, H d)."""
@@ -57,6 +57,10 @@ class Norm:
     weight: Tensor
     offset: float
     eps: float
+
+    @property
+    def numbers(self) -> HeadNorm:
+        return HeadNorm(self.weight, self.offset, self.eps)
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,12 @@ class Block:
         """What is kept of a token between forward and backward pass, and what the backward pass needs for a moment."""
         width, gates = self.qkv.in_features, self.gate_up.out_features
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        ranks = sum(projection.rank for projection in self.projections)
-        kept = 2 * width + (queries + 2 * keys) + queries + ranks + (gates if keeps_gates else 0)
+        of_adapters = sum(projection.kept_columns for projection in self.projections)
+        kept = 2 * width + (queries + 2 * keys) + queries + of_adapters + (gates if keeps_gates else 0)
         if self.query_norm is not None:
             kept += queries + keys
         kept += width * ((self.attention_norm is not None) + (self.down_norm is not None))
-        passing = gates + gates // 2 + 3 * width + queries
+        passing = gates + gates // 2 + 3 * width + queries + (2 * gates if self.gate_up.needs_product else 0)
         scales = 4 * (4 + self.num_heads)
         return kept * self.qkv.dtype.itemsize + scales, passing * self.qkv.dtype.itemsize
 
@@ -234,15 +238,21 @@ class _AttentionInput(torch.autograd.Function):
             qkv, reduced = block.qkv.forward(x, drop=passing.drops.qkv)
             # Heads get tensors of their own: attention kernels give gradients in the layout of what they were given, and
             # one that is a part of wider rows would be copied.
-            saved: list[Tensor | None] = [h_TD, scale_T, reduced, cos, sin]
-            query, key, value = _split_heads(block, qkv)
-            query, *saved_query = _rotated(query, cos, sin, block.query_norm)
-            key, *saved_key = _rotated(key, cos, sin, block.key_norm)
-            value, same_value = torch.empty_like(value, memory_format=torch.contiguous_format), value
-            kernels.copy_rows(same_value.flatten(1), value.flatten(1))
-            saved += [*saved_query, *saved_key]
+            stacked_query, stacked_key, stacked_value = _split_heads(block, qkv)
+            query, key, value = (
+                torch.empty_like(heads, memory_format=torch.contiguous_format)
+                for heads in (stacked_query, stacked_key, stacked_value)
+            )
+            query_norm, key_norm = block.query_norm, block.key_norm
+            query_scale, key_scale = kernels.rotate_heads(
+                qkv, cos, sin, query, key, value, query_norm and query_norm.numbers, key_norm and key_norm.numbers
+            )
         ctx.block, ctx.drop = block, passing.drops.qkv
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(
+            h_TD, scale_T, reduced, cos, sin,
+            stacked_query if query_norm is not None else None, query_scale,
+            stacked_key if key_norm is not None else None, key_scale,
+        )  # fmt: skip
         return query, key, value, h_TD
 
     @staticmethod
@@ -254,22 +264,20 @@ class _AttentionInput(torch.autograd.Function):
         h_TD, scale_T, reduced, cos, sin, query, query_scale, key, key_scale = ctx.saved_tensors
         kernels = operations(h_TD.device)
         grad = torch.empty(h_TD.shape[0], block.qkv.out_features, dtype=query_grad.dtype, device=h_TD.device)
-        into_query, into_key, into_value = _split_heads(block, grad)
-        for gradient, out, heads, norm, scale_TH in (
-            (query_grad, into_query, query, block.query_norm, query_scale),
-            (key_grad, into_key, key, block.key_norm, key_scale),
-        ):
-            arguments = () if norm is None else (heads, norm.weight, norm.offset, scale_TH)
-            kernels.rotate_backward(_rows_of(gradient), cos, sin, out, *arguments)
-        kernels.copy_rows(_rows_of(value_grad).flatten(1), into_value.flatten(1))
+        normed_query, normed_key = (
+            None if norm is None else NormedHeads(heads, norm.weight, norm.offset, scale_TH)
+            for heads, norm, scale_TH in ((query, block.query_norm, query_scale), (key, block.key_norm, key_scale))
+        )
+        gradients_of_heads = (_rows_of(gradient) for gradient in (query_grad, key_grad, value_grad))
+        kernels.rotate_heads_backward(*gradients_of_heads, cos, sin, grad, normed_query, normed_key)
         norm = block.input_norm
         h_grad = None
         if ctx.needs_input_grad[2]:
-            x_grad, reduced_grad = block.qkv.backward(grad, ctx.drop)
-            h_grad = kernels.rms_norm_backward(x_grad, h_TD, norm.weight, norm.offset, scale_T, residual_grad)
+            x_grad, reduced_grad, update = _input_gradient(block.qkv, grad, ctx.drop)
+            h_grad = kernels.rms_norm_backward(x_grad, h_TD, norm.weight, norm.offset, scale_T, residual_grad, update)
         else:
             reduced_grad = block.qkv.reduced_gradient(grad)
-        scaled = (reduced_grad * scale_T[:, None]).to(grad.dtype)
+        scaled = _scaled(reduced_grad, scale_T)
         gradients = block.qkv.adapter_gradients(grad, reduced, scaled, h_TD, norm.weight, norm.offset, ctx.drop)
         return None, None, h_grad, None, None, *gradients
 
@@ -309,7 +317,7 @@ class _Gated(torch.autograd.Function):
             gates, scale_T, reduced = _gates(block, middle_TD, passing.drops.gate_up)
             update = block.gate_up.update(reduced)
             x, reduced_down = block.down.gate_input(gates, update, block.activation, drop)
-            if passing.only_for_backward and block.down_norm is None:
+            if passing.only_for_backward and block.down_norm is None and not block.down.needs_product:
                 output, saved = torch.empty_like(middle_TD), [reduced_down, None, None]
             else:
                 output, *saved = _with_residual(block.down, x, middle_TD, block.down_norm, drop, reduced_down)
@@ -323,7 +331,7 @@ class _Gated(torch.autograd.Function):
         block: Block = ctx.block
         middle_TD, scale_T, reduced, gates, reduced_down, product, product_scale_T = ctx.saved_tensors
         kernels, norm = operations(grad.device), block.gated_norm
-        is_last_use = gates is None or ctx.only_for_backward
+        is_last_use = (gates is None or ctx.only_for_backward) and not block.gate_up.needs_product
         if gates is None:
             gates, _, _ = _gates(block, middle_TD, ctx.drops.gate_up)
         down_grad = _undo_norm(grad, block.down_norm, product, product_scale_T)
@@ -339,12 +347,13 @@ class _Gated(torch.autograd.Function):
         of_down = block.down.adapter_gradients(
             down_grad, reduced_down, reduced_down_grad, gated_grad, drop=drop, all_A=all_A
         )
-        x_grad, reduced_grad = block.gate_up.backward(gates_grad, ctx.drops.gate_up)
-        scaled = (reduced_grad * scale_T[:, None]).to(grad.dtype)
+        x_grad, reduced_grad, update = _input_gradient(block.gate_up, gates_grad, ctx.drops.gate_up)
+        scaled = _scaled(reduced_grad, scale_T)
         of_gates = block.gate_up.adapter_gradients(
-            gates_grad, reduced, scaled, middle_TD, norm.weight, norm.offset, ctx.drops.gate_up, all_B=all_B
-        )
-        middle_grad = kernels.rms_norm_backward(x_grad, middle_TD, norm.weight, norm.offset, scale_T, grad)
+            gates_grad, reduced, scaled, middle_TD, norm.weight, norm.offset, ctx.drops.gate_up, all_B=all_B,
+            product=gates,
+        )  # fmt: skip
+        middle_grad = kernels.rms_norm_backward(x_grad, middle_TD, norm.weight, norm.offset, scale_T, grad, update)
         return None, None, middle_grad, *of_gates, *of_down
 
 
@@ -368,14 +377,6 @@ class _Recomputed(torch.autograd.Function):
             output = ctx.block._run(h_TD, cos, sin, ctx.passing._replace(only_for_backward=True))
         torch.autograd.backward(output, grad)
         return None, None, h_TD.grad, None, None, *(None for _ in ctx.needs_input_grad[5:])
-
-
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """[Normed and] rotated heads, and what undoing the norm needs: the heads as they were and their scales."""
-    out = torch.empty_like(heads, memory_format=torch.contiguous_format)
-    arguments = () if norm is None else (norm.weight, norm.offset, norm.eps)
-    scale_TH = operations(heads.device).rotate(heads, cos, sin, out, *arguments)
-    return out, None if norm is None else heads, scale_TH
 
 
 def _gates(block: Block, middle_TD: Tensor, drop: Drop | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -408,6 +409,21 @@ def _undo_norm(grad: Tensor, norm: Norm | None, product: Tensor, scale_T: Tensor
     if norm is None:
         return grad.contiguous()
     return cast(Tensor, operations(grad.device).rms_norm_backward(grad, product, norm.weight, norm.offset, scale_T))
+
+
+def _input_gradient(
+    projection: Projection, grad: Tensor, drop: Drop | None
+) -> tuple[Tensor, Tensor, Reduction | None]:
+    """The gradients of a norm's output and of that times A^T, and what is still to be added to the first."""
+    has_update = drop is None and projection.rank > 0
+    x_grad, reduced_grad = projection.backward(grad, drop, adds_update=not has_update)
+    return x_grad, reduced_grad, Reduction(reduced_grad, projection.A) if has_update else None
+
+
+def _scaled(rows_TR: Tensor, scale_T: Tensor) -> Tensor:
+    scaled = torch.empty(rows_TR.shape, dtype=rows_TR.dtype, device=rows_TR.device)
+    operations(rows_TR.device).copy_rows(rows_TR, scaled, scale_T)
+    return scaled
 
 
 def _split_heads(block: Block, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

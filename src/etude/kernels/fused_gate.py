@@ -31,8 +31,11 @@ TILE_ROWS, TILE_COLUMNS, TILE_WARPS, TILE_STAGES = 64, 64, 4, 3
 """Of nine shapes the fastest on an H100, 14,336 columns and 8,192 rows: without the next tiles on their way (one stage) the
 passes take twice as long, larger tiles spill registers."""
 
-PROGRAMS = 1056
-"""Eight for each multiprocessor of a large GPU, so that they end at about the same time."""
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 2112, 1056
+"""Sixteen and eight for each multiprocessor of a large GPU, so that they end at about the same time; more of them in the
+backward pass leave more sums to add."""
+
+TOTAL_ROWS, TOTAL_WARPS = 64, 4
 
 
 def gate(gate_up_T2F: Tensor, activation: str, out_TF: Tensor) -> None:
@@ -54,7 +57,12 @@ def gate_backward(grad_TF: Tensor, gate_up_T2F: Tensor, activation: str, out_T2F
 
 
 def gate_updated(
-    gate_up_T2F: Tensor, update: Update, activation: str, out_TF: Tensor, A_RF: Tensor | None = None
+    gate_up_T2F: Tensor,
+    update: Update,
+    activation: str,
+    out_TF: Tensor,
+    A_RF: Tensor | None = None,
+    room_TR: Tensor | None = None,
 ) -> Tensor | None:
     """`reference.gate_updated`."""
     ranks = update.ranks
@@ -62,9 +70,9 @@ def gate_updated(
     T, F = out_TF.shape
     if max(*ranks, next_rank) > MOST_RANKS:
         gate(update.of(gate_up_T2F), activation, out_TF)
-        return None if A_RF is None else torch.mm(out_TF, A_RF.t())
+        return reference.reduced_product(out_TF, A_RF, room_TR)
     blocks = triton.cdiv(T, TILE_ROWS)
-    tiles, splits = _divide(triton.cdiv(F, TILE_COLUMNS), blocks)
+    tiles, splits = _divide(triton.cdiv(F, TILE_COLUMNS), blocks, FORWARD_PROGRAMS)
     partial = None if A_RF is None else torch.empty((splits, T, next_rank), dtype=torch.float32, device=out_TF.device)
     strides = (
         gate_up_T2F.stride(0), update.reduced.stride(0), _row_stride(update.B), _row_stride(A_RF),
@@ -75,7 +83,15 @@ def gate_updated(
         tiles, F, *ranks, next_rank, _block(ranks[0]), _block(ranks[1]), _block(next_rank), activation == SILU,
         update.B is not None, TILE_ROWS, TILE_COLUMNS, TILE_STAGES, num_warps=TILE_WARPS,
     )  # fmt: skip
-    return None if partial is None else _total(partial).to(out_TF.dtype)
+    if partial is None:
+        return None
+    total_TR = torch.empty((T, next_rank), dtype=out_TF.dtype, device=out_TF.device)
+    room_stride = _row_stride(room_TR)
+    _total_rows[(triton.cdiv(T, TOTAL_ROWS),)](
+        partial, total_TR, room_TR, room_stride, T, splits, next_rank, _block(next_rank), TOTAL_ROWS,
+        num_warps=TOTAL_WARPS,
+    )  # fmt: skip
+    return total_TR
 
 
 def gate_updated_backward(
@@ -87,14 +103,14 @@ def gate_updated_backward(
     reduction: Reduction | None = None,
     product_TF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`reference.gate_updated_backward`; `product` may be `grad`."""
+    """`reference.gate_updated_backward`, its gradients in parts (S, ..); `product` may be `grad`."""
     ranks = update.ranks
     next_rank = 0 if reduction is None else reduction.A.shape[0]
     T, F = grad_TF.shape
     if max(*ranks, next_rank) > MOST_RANKS:
         return _backward_of_high_ranks(grad_TF, gate_up_T2F, update, activation, out_T2F, reduction, product_TF)
     blocks = triton.cdiv(F, TILE_COLUMNS)
-    tiles, splits = _divide(triton.cdiv(T, TILE_ROWS), blocks)
+    tiles, splits = _divide(triton.cdiv(T, TILE_ROWS), blocks, BACKWARD_PROGRAMS)
     all_B = torch.empty((splits, 2 * F, sum(ranks)), dtype=torch.float32, device=grad_TF.device)
     all_A = (
         None if reduction is None else torch.empty((splits, next_rank, F), dtype=torch.float32, device=grad_TF.device)
@@ -110,7 +126,7 @@ def gate_updated_backward(
         T, splits, tiles, F, *ranks, next_rank, _block(ranks[0]), _block(ranks[1]), _block(next_rank),
         activation == SILU, update.B is not None, TILE_ROWS, TILE_COLUMNS, TILE_STAGES, num_warps=TILE_WARPS,
     )  # fmt: skip
-    return _total(all_B), None if all_A is None else _total(all_A)
+    return all_B, all_A
 
 
 def _backward_of_high_ranks(
@@ -135,14 +151,10 @@ def _row_stride(matrix: Tensor | None) -> int:
     return 0 if matrix is None else matrix.stride(0)
 
 
-def _total(partial: Tensor) -> Tensor:
-    return partial[0] if partial.shape[0] == 1 else partial.sum(dim=0)
-
-
-def _divide(tiles: int, blocks: int) -> tuple[int, int]:
-    """(tiles of one program, programs) for the tiles of each of so many blocks: a power of two, so that kernels for few
-    numbers have to be compiled."""
-    of_program = triton.next_power_of_2(triton.cdiv(tiles * blocks, PROGRAMS))
+def _divide(tiles: int, blocks: int, programs: int) -> tuple[int, int]:
+    """(tiles of one program, programs of a block) for the tiles of each of so many blocks: a power of two, so that kernels
+    for few numbers have to be compiled."""
+    of_program = triton.next_power_of_2(triton.cdiv(tiles * blocks, programs))
     return of_program, triton.cdiv(tiles, of_program)
 
 
@@ -211,6 +223,32 @@ def _gate_updated(
         ranks = tl.arange(0, NEXT_BLOCK)[None, :]
         places = partial + (split.to(tl.int64) * T + rows)[:, None] * NEXT_RANK + ranks
         tl.store(places, total, mask=rows_inside[:, None] & (ranks < NEXT_RANK))
+
+
+@triton.jit
+def _total_rows(
+    partial: tl.tensor,
+    total: tl.tensor,
+    room: tl.tensor,
+    room_stride: int,
+    T: int,
+    splits: int,
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    ranks = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < T) & (ranks < RANK)
+    value = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    split = 0
+    while split < splits:
+        value += tl.load(partial + (split * T + rows) * RANK + ranks, mask=inside, other=0.0)
+        split += 1
+    rounded = value.to(total.dtype.element_ty)
+    tl.store(total + rows * RANK + ranks, rounded, mask=inside)
+    if room is not None:
+        tl.store(room + rows * room_stride + ranks, rounded, mask=inside)
 
 
 @triton.jit
@@ -404,9 +442,9 @@ def _gate_backward(
 def _shares(x: tl.tensor, IS_SILU: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """(p, 1 - p) of an activation x * p: p is sigmoid(x), or 0.5 (1 + tanh u) = sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
 
-    Both have all their digits however large x is: the exponential of -|.| never overflows, nothing is subtracted.
+    Both have all their digits however large x is: nothing is subtracted, and p below 1e-34 is none the smaller.
     """
     argument = x if IS_SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)
-    small = tl.exp(-tl.abs(argument))
-    near, far = 1.0 / (1.0 + small), small / (1.0 + small)
-    return tl.where(argument >= 0, near, far), tl.where(argument >= 0, far, near)
+    exponential = tl.exp(-tl.maximum(argument, -80.0))
+    share = 1.0 / (1.0 + exponential)
+    return share, share * exponential

@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from etude.kernels.block import Block, Call, Norm
 from etude.kernels.fp8 import FP8, Fp8Projection, layer_obstacle
-from etude.kernels.lora import lean_forward, obstacle
-from etude.kernels.projection import Adapter, Projection
+from etude.kernels.lora import lean_forward
+from etude.kernels.magnitude import RowProjection
+from etude.kernels.projection import STREAMS, Adapter, Projection
 from etude.kernels.quantized import (
     QuantizedProjection,
     Workspace,
@@ -74,14 +75,22 @@ def block_of(
             return f"{part} ({name}_proj)"
     if (reason := _weight_obstacle([part[0] for part in parts.values()], dtype, base_precision)) is not None:
         return reason
+    if (reason := _adapter_obstacle([part[1] for part in parts.values()])) is not None:
+        return reason
+    trains_rows = any(_trains_rows(adapter) for _, adapters in parts.values() for adapter in adapters)
+    if trains_rows and (base_precision == FP8 or any(quantized_kind(linear) for linear, _ in parts.values())):
+        return "DoRA, or LoRA with a bias, on a base in 4 or 8 bits"
     workspace = Workspace() if workspace is None else workspace
 
     def project(*names: str, extends_input: bool = False, defers_update: bool = False) -> Projection:
-        linears, adapters = [parts[name][0] for name in names], [parts[name][1] for name in names]
+        pairs = [(parts[name][0], adapter) for name in names for adapter in parts[name][1] or [None]]
+        linears, adapters = [linear for linear, _ in pairs], [adapter for _, adapter in pairs]
         if base_precision == FP8:
             return Fp8Projection(linears, adapters, dtype, defers_update=defers_update)
         if any(quantized_kind(linear) for linear in linears):
             return QuantizedProjection(linears, adapters, dtype, workspace, defers_update=defers_update)
+        if any(_trains_rows(adapter) for adapter in adapters if adapter is not None):
+            return RowProjection(linears, adapters, dtype, defers_update=defers_update)
         return Projection(linears, adapters, dtype, extends_input=extends_input, defers_update=defers_update)
 
     block = Block(
@@ -123,29 +132,61 @@ def _changes(layer: nn.Module) -> str | None:
     return None
 
 
-def lora_parts(module: Any) -> tuple[nn.Linear, Adapter | None] | str:
-    """The linear layer and adapter of a module that is one; otherwise, why it cannot be part of a projection."""
+def lora_parts(module: Any) -> tuple[nn.Linear, list[Adapter]] | str:
+    """The linear layer and the adapters of a module that is one; otherwise, why it cannot be part of a projection."""
     from peft.tuners.lora import Linear
 
     if type(module) is nn.Linear or quantized_kind(module) is not None:
-        return (module, None) if not any(p.requires_grad for p in module.parameters()) else "a trainable weight"
+        return (module, []) if not any(p.requires_grad for p in module.parameters()) else "a trainable weight"
     if type(module) is not Linear and not is_quantized_lora(module):
         return f"{type(module).__name__} layers"
-    if (reason := obstacle(module)) is not None:
-        return reason
-    name, base = module.active_adapters[0], module.base_layer
+    if module.merged:
+        return "the adapter is merged"
+    if module.fan_in_fan_out:
+        return "transposed weights"
+    base = module.base_layer
     if type(base) is not nn.Linear and quantized_kind(base) is None:
         return f"{type(base).__name__} layers"
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return "a trainable weight"
-    if module.lora_B[name].bias is not None:
-        return "LoRA with a bias"
-    dropout = module.lora_dropout[name]
-    if not isinstance(dropout, (nn.Dropout, nn.Identity)):
-        return f"{type(dropout).__name__} before LoRA"
     if module.disable_adapters:
         return "adapters are disabled"
-    return base, Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], dropout)
+    adapters = [adapter_of(module, name) for name in module.active_adapters if name in module.lora_A]
+    reasons = [adapter for adapter in adapters if isinstance(adapter, str)]
+    if reasons:
+        return reasons[0]
+    if len(adapters) > 1 and any(adapter.magnitude is not None for adapter in adapters):  # type: ignore[union-attr]
+        return "DoRA with another active adapter"
+    return base, adapters  # type: ignore[return-value]
+
+
+def adapter_of(module: Any, name: str) -> Adapter | str:
+    """An adapter of a LoRA layer; otherwise, why it cannot be part of a projection."""
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    dropout, magnitude = module.lora_dropout[name], None
+    if not isinstance(dropout, (nn.Dropout, nn.Identity)):
+        return f"{type(dropout).__name__} before LoRA"
+    if name in module.lora_variant:
+        if type(module.lora_variant[name]) is not DoraLinearVariant:
+            return "a variant of LoRA with a forward of its own (aLoRA)"
+        if getattr(dropout, "p", 0.0) > 0.0:  # the base, too, sees what is left
+            return "DoRA with dropout"
+        magnitude = module.lora_magnitude_vector[name].weight
+    A, B = module.lora_A[name], module.lora_B[name]
+    return Adapter(A.weight, B.weight, module.scaling[name], dropout, B.bias, magnitude)
+
+
+def _trains_rows(adapter: Adapter) -> bool:
+    return adapter.magnitude is not None or adapter.bias is not None
+
+
+def _adapter_obstacle(adapters: list[list[Adapter]]) -> str | None:
+    """Why a layer of a model cannot have so many adapters; None where it can."""
+    most = max(len(of_layer) for of_layer in adapters)
+    drops = any(getattr(adapter.dropout, "p", 0.0) > 0.0 for of_layer in adapters for adapter in of_layer)
+    # q, k and v are one projection, each of whose adapters drops something else.
+    return f"{most} active adapters with dropout on a layer" if drops and 3 * most > STREAMS else None
 
 
 def _weight_obstacle(linears: list[nn.Linear], dtype: torch.dtype, base_precision: str | None) -> str | None:

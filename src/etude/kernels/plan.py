@@ -26,9 +26,10 @@ from etude.kernels.expert_layers import compare_mixture, expert_layers, mixture_
 from etude.kernels.fp8 import Fp8Projection
 from etude.kernels.layers import TOLERANCES, block_of, compare, tolerance_of
 from etude.kernels.lora import lean_forward, obstacle
+from etude.kernels.magnitude import RowProjection
 from etude.kernels.offload import Offload, Shelf
 from etude.kernels.projection import Copy, refresh
-from etude.kernels.quantized import QuantizedProjection, Workspace
+from etude.kernels.quantized import QuantizedProjection, Workspace, is_quantized_lora
 
 WARMUP_STEPS = 2
 TIMED_STEPS = 3
@@ -79,13 +80,16 @@ class KernelPlan:
     """Layers that are compiled, once for all of them."""
     why_no_block: str | None = None
     obstacles: Counter[str] = field(default_factory=Counter)
-    """Why some LoRA layers keep peft's forward."""
+    """Why some LoRA layers outside the blocks keep peft's forward."""
     mixture_obstacles: Counter[str] = field(default_factory=Counter)
     """Why some mixtures of experts keep the model's forward."""
     _undo: list[Callable[[], None]] = field(default_factory=list)
     _copies: list[Copy] = field(default_factory=list)
+    _row_projections: list[RowProjection] = field(default_factory=list)
     _gather: Any = None
     _shelf: Shelf | None = None
+    _watched: Any = None
+    """A LoRA layer of the blocks, as an example of how all of them are used."""
     _use: dict[str, Any] = field(default_factory=dict)
     is_compiled: bool = False
 
@@ -114,7 +118,7 @@ class KernelPlan:
         return max((p.rounding for block in self.blocks for p in block.projections), default=0.0)
 
     def apply(self) -> None:
-        self._use = _use_of(self.lora_layers[0]) if self.lora_layers else {}
+        self._use = {} if self._watched is None else _use_of(self._watched)
         for layer in self.lora_layers:
             layer.forward = types.MethodType(lean_forward, layer)
             self._undo.append(lambda layer=layer: layer.__dict__.pop("forward", None))  # type: ignore[misc]
@@ -126,6 +130,8 @@ class KernelPlan:
                 self._undo.append(projection.remove)
                 projection.install()
                 self._copies += projection.copies()
+                if isinstance(projection, RowProjection):
+                    self._row_projections.append(projection)
             block.layer.forward = StandIn(block)
             self._undo.append(lambda layer=block.layer: layer.__dict__.pop("forward", None))  # type: ignore[misc]
             if getattr(block.layer, "gradient_checkpointing", False):  # as asked, but by our own recomputation
@@ -139,6 +145,8 @@ class KernelPlan:
             self._gather.copy()
         else:
             refresh(self._copies)
+        for projection in self._row_projections:
+            projection.renew()
 
     def is_watched(self) -> bool:
         """Whether somebody has hooked a module or parameter of a block; what is captured in a graph would not call the hook."""
@@ -149,9 +157,9 @@ class KernelPlan:
         Raises:
             ModelError: adapters were switched, merged, disabled or scaled anew while the blocks compute with those they know.
         """
-        if self.blocks and self.lora_layers and _use_of(self.lora_layers[0]) != self._use:
+        if self._watched is not None and _use_of(self._watched) != self._use:
             raise ModelError(
-                f"the adapters are used otherwise than when training began (now {_use_of(self.lora_layers[0])}, then "
+                f"the adapters are used otherwise than when training began (now {_use_of(self._watched)}, then "
                 f"{self._use}): put them back after use, or train with fast_path=False"
             )
 
@@ -295,6 +303,7 @@ class KernelPlan:
     def undo(self) -> None:
         """Put everything back."""
         self._copies.clear()  # they hold the memory that the layers' weights go back from
+        self._row_projections.clear()
         self._gather = None
         while self._undo:
             self._undo.pop()()
@@ -314,13 +323,19 @@ def plan_kernels(
     compute in, `base_precision` what their frozen products are computed in ("fp8", None: `dtype` as well), `why_no_block`
     keeps their own forward, and `why_no_mixture` that of the experts."""
     plan = KernelPlan(why_no_block=why_no_block)
+    layers = getattr(decoder, "layers", None)
+    if isinstance(layers, nn.ModuleList):
+        _plan_blocks(plan, layers, dtype, base_precision)
+    inside = [module for block in plan.blocks for module in block.layer.modules()]
     lora_linear = _lora_linear_class()
+    plan._watched = next((m for m in inside if type(m) is lora_linear or is_quantized_lora(m)), None)
+    computed = set(inside)
     for module in model.modules():
-        if lora_linear is not None and type(module) is lora_linear:
+        if type(module) is lora_linear:
             reason = obstacle(module)
             if reason is None:
                 plan.lora_layers.append(module)
-            else:
+            elif module not in computed:
                 plan.obstacles[reason] += 1
     for module in expert_layers(model) if dtype is not None else ():
         reason = why_no_mixture or mixture_obstacle(module, dtype)  # type: ignore[arg-type]
@@ -328,9 +343,6 @@ def plan_kernels(
             plan.mixtures.append(module)
         else:
             plan.mixture_obstacles[reason] += 1
-    layers = getattr(decoder, "layers", None)
-    if isinstance(layers, nn.ModuleList):
-        _plan_blocks(plan, layers, dtype, base_precision)
     return plan
 
 

@@ -34,6 +34,10 @@ class Adapter:
     scaling: float
     dropout: nn.Module | None = None
     """What drops elements of x before A sees them, while it trains."""
+    bias: nn.Parameter | None = None
+    """What is added to B's output before that is scaled (O)."""
+    magnitude: nn.Parameter | None = None
+    """The trained norm of each row of W + s B A (O)."""
 
     @property
     def share_dropped(self) -> float:
@@ -65,7 +69,7 @@ STREAMS = 8
 
 @dataclass(frozen=True)
 class Member:
-    """One of the layers, and where it lies in the product."""
+    """One of the layers, and where it lies in the product; once for each of its adapters."""
 
     linear: nn.Linear
     adapter: Adapter | None
@@ -99,7 +103,8 @@ def refresh(copies: list[Copy]) -> None:
 
 
 class Projection:
-    """The layers `linears`, whose inputs are the same, each with its adapter or None.
+    """The layers `linears`, whose inputs are the same, each with its adapter or None. One with several adapters, which are
+    summed, comes several times in a row.
 
     With `extends_input` the update lies inside the product and the caller provides the input in a buffer with room for
     x A^T (`input_buffer`); otherwise it is added to the output, or, with `defers_update`, left to whoever reads the output.
@@ -113,6 +118,9 @@ class Projection:
     note: str | None = None
     """What the start screen says of these products; None where they are as the layers' own."""
 
+    needs_product = False
+    """Whether the gradients of the adapters need what `forward` gave."""
+
     def __init__(
         self,
         linears: list[nn.Linear],
@@ -123,10 +131,11 @@ class Projection:
         defers_update: bool = False,
     ) -> None:
         self.members: list[Member] = []
+        self.layers: dict[nn.Linear, slice] = {}
         output, rank = 0, 0
         for linear, adapter in zip(linears, adapters, strict=True):
             ranks = adapter.A.shape[0] if adapter is not None else 0
-            outputs = slice(output, output + linear.out_features)
+            outputs = self.layers.setdefault(linear, slice(output, output + linear.out_features))
             self.members.append(Member(linear, adapter, outputs, slice(rank, rank + ranks)))
             output, rank = outputs.stop, rank + ranks
         self.in_features, self.out_features, self.rank = linears[0].in_features, output, rank
@@ -164,19 +173,19 @@ class Projection:
 
         Here they move into one buffer with room for the updates; the layers keep seeing theirs, as views.
         """
-        members = self.members
-        if len(members) == 1 and not self._stores_factor and members[0].linear.weight.dtype == self.dtype:
-            self.weight = members[0].linear.weight.detach()
+        first = next(iter(self.layers))
+        if len(self.layers) == 1 and not self._stores_factor and first.weight.dtype == self.dtype:
+            self.weight = first.weight.detach()
             return self._separate_factor()
         columns = self.in_features + _rounded_up(self.rank + self.has_bias) if self._stores_factor else self.columns
         self.weight = torch.zeros(self.out_features, columns, dtype=self.dtype, device=self.device)
-        for member in members:
-            place = self.weight[member.outputs, : self.in_features]
-            place.copy_(member.linear.weight.detach())
-            if member.linear.weight.dtype == self.dtype:
-                member.linear.weight.data = place
-            if self.extends_input and member.linear.bias is not None:
-                self.weight[member.outputs, self.in_features + self.rank] = member.linear.bias.detach().to(self.dtype)
+        for linear, outputs in self.layers.items():
+            place = self.weight[outputs, : self.in_features]
+            place.copy_(linear.weight.detach())
+            if linear.weight.dtype == self.dtype:
+                linear.weight.data = place
+            if self.extends_input and linear.bias is not None:
+                self.weight[outputs, self.in_features + self.rank] = linear.bias.detach().to(self.dtype)
         if self._stores_factor:
             return self.weight[:, self.in_features : self.in_features + self.rank]
         return self._separate_factor()
@@ -188,7 +197,7 @@ class Projection:
 
     def _release(self) -> None:
         """Undo `_store`: every layer has a weight of its own again."""
-        views = [member.linear for member in self.members if member.linear.weight.shape != self.weight.shape]
+        views = [linear for linear in self.layers if linear.weight.shape != self.weight.shape]
         try:
             copies = [linear.weight.detach().clone(memory_format=torch.contiguous_format) for linear in views]
         except torch.OutOfMemoryError:  # the buffer has to go first, so its contents wait on the host
@@ -218,9 +227,9 @@ class Projection:
 
     def _stacked_bias(self) -> Tensor:
         bias = torch.zeros(self.out_features, dtype=self.dtype, device=self.device)
-        for member in self.members:
-            if member.linear.bias is not None:
-                bias[member.outputs] = member.linear.bias.detach().to(self.dtype)
+        for linear, outputs in self.layers.items():
+            if linear.bias is not None:
+                bias[outputs] = linear.bias.detach().to(self.dtype)
         return bias
 
     # -- arithmetic ----------------------------------------------------------------------------------------------------
@@ -234,6 +243,11 @@ class Projection:
             if self.has_bias:
                 buffer[:, used] = 1.0
         return buffer
+
+    @property
+    def kept_columns(self) -> int:
+        """Numbers that `forward` has kept of each token, beside its input."""
+        return self.rank
 
     def drops(self) -> bool:
         """Whether adapters drop elements of their input at this moment."""
@@ -257,37 +271,44 @@ class Projection:
     ) -> tuple[Any, Tensor]:
         """The gated product of [g, u] with its update as input of `forward`, and x A^T (T, R)."""
         buffer = self.input_buffer(gate_up.shape[0])
-        return buffer, self._gate(gate_up, update, activation, buffer[:, : self.in_features], drop)
-
-    def _gate(self, gate_up: Tensor, update: Update, activation: str, x: Tensor, drop: Drop | None) -> Tensor:
-        """Write the gated product into x (T, I); returns x A^T."""
+        x, room = buffer[:, : self.in_features], self._room_in(buffer)
         gate_updated = operations(gate_up.device).gate_updated
         if drop is None and self.rank:
-            reduced: Tensor = gate_updated(gate_up, update, activation, x, self.A)
-            return reduced
+            return buffer, gate_updated(gate_up, update, activation, x, self.A, room)
         gate_updated(gate_up, update, activation, x)
-        return self.reduce(x, drop)
+        reduced = self.reduce(x, drop)
+        if room is not None:
+            operations(x.device).copy_rows(reduced, room)
+        return buffer, reduced
+
+    def _room_in(self, buffer: Tensor) -> Tensor | None:
+        """Where x A^T (T, R) lies in an input that holds it."""
+        has_room = self.extends_input and self.rank > 0
+        return buffer[:, self.in_features : self.in_features + self.rank] if has_room else None
 
     def forward(
         self, x: Any, residual: Tensor | None = None, drop: Drop | None = None, reduced: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """[residual +] y (T, O), and x A^T (T, R) for the backward pass, where that is not known already."""
+        """[residual +] y (T, O), and x A^T (T, R) for the backward pass, unless `gate_input` has given that already."""
         if reduced is None:
             reduced = self.reduce(x, drop)
-        if self.extends_input and self.rank:
-            operations(x.device).copy_rows(reduced, x[:, self.in_features : self.in_features + self.rank])
-        y = self._product(x, residual)
-        if not self.extends_input:
-            if self.rank and not self.defers_update:
-                y.addmm_(reduced, self.B.t())
-            if self.bias is not None:
-                y.add_(self.bias)
+            if self.extends_input and self.rank:
+                operations(x.device).copy_rows(reduced, self._room_in(x))
+        # The residual is added afterwards: a product that adds it copies it first, and is slower than both together.
+        y = self._product(x)
+        if self.rank and not self.extends_input and not self.defers_update:
+            operations(y.device).add_product(y, reduced, self.B.t(), residual)
+        elif residual is not None:
+            y.add_(residual)
+        if self.bias is not None:
+            y.add_(self.bias)
         return y, reduced
 
     def update(self, reduced: Tensor) -> Update:
         """What the gates owe to LoRA, for the two layers of a gate; B only where `forward` has not added it."""
-        ranks = [member.ranks.stop - member.ranks.start for member in self.members]
-        return Update(reduced, self.B if self.defers_update and self.rank else None, (ranks[0], ranks[1]))
+        of_gate = sum(m.ranks.stop - m.ranks.start for m in self.members if m.outputs.start == 0)
+        ranks = of_gate, self.rank - of_gate
+        return Update(reduced, self.B if self.defers_update and self.rank else None, ranks)
 
     def backward(self, grad: Tensor, drop: Drop | None = None, *, adds_update: bool = True) -> tuple[Tensor, Tensor]:
         """The gradients of x (T, I) and of x A^T (T, R); `grad` is that of y.
@@ -309,10 +330,9 @@ class Projection:
             operations(grad.device).add_product(grad_x, grad_reduced, self.A)
         return grad_x, grad_reduced
 
-    def _product(self, x: Any, residual: Tensor | None) -> Tensor:
-        """[residual +] x W^T (T, O) of the stored weights, in memory of its own."""
-        weight = self.weight[:, : self.columns].t()
-        return torch.mm(x, weight) if residual is None else torch.addmm(residual, x, weight)
+    def _product(self, x: Any) -> Tensor:
+        """x W^T (T, O) of the stored weights, in memory of its own."""
+        return torch.mm(x, self.weight[:, : self.columns].t())
 
     def _product_gradient(self, grad: Tensor) -> Tensor:
         """grad W (T, I), or grad [W, s B] where that is stored, in memory of its own."""
@@ -333,12 +353,14 @@ class Projection:
         drop: Drop | None = None,
         all_A: Tensor | None = None,
         all_B: Tensor | None = None,
+        product: Tensor | None = None,
     ) -> list[Tensor | None]:
         """Gradients of A and B of every adapter, in the order of `parameters`; None where they were added to `p.grad`.
 
         `x` is the input (T, I); or, where the input is a norm's output n * s * (offset + w), the norm's own input n with w
         as `column_factor` and `grad_reduced` already multiplied by s: the norm's output need not be kept or made again.
-        `all_A` = grad_reduced^T x and `all_B` = grad^T reduced are computed where they are not known already.
+        `all_A` = grad_reduced^T x and `all_B` = grad^T reduced, or parts (S, ..) that add up to them, are computed where
+        they are not known already. `product` is what `forward` gave, where it `needs_product` and its update is deferred.
         """
         if not self.rank:
             return []
@@ -355,6 +377,7 @@ class Projection:
         if self._accumulate is not None and not self.has_hooks():
             self._accumulate.add(all_A, all_B, column_factor, offset)
             return [None] * len(self.parameters)
+        all_A, all_B = (parts if parts.dim() == 2 else parts.sum(dim=0) for parts in (all_A, all_B))
         if column_factor is not None:
             all_A = all_A * (offset + column_factor)
         gradients: list[Tensor | None] = []

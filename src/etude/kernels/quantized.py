@@ -112,9 +112,8 @@ class QuantizedProjection(Projection):
     def _release(self) -> None:
         self.workspace.release()
 
-    def _product(self, x: Any, residual: Tensor | None) -> Tensor:
-        weight = self._unpacked().t()
-        return torch.mm(x, weight) if residual is None else torch.addmm(residual, x, weight)
+    def _product(self, x: Any) -> Tensor:
+        return torch.mm(x, self._unpacked().t())
 
     def _product_gradient(self, grad: Tensor) -> Tensor:
         return torch.mm(grad, self._unpacked())
@@ -122,8 +121,8 @@ class QuantizedProjection(Projection):
     def _unpacked(self) -> Tensor:
         """W (O, I) in the workspace, until another projection needs it."""
         weight = self.workspace.view(self.out_features, self.in_features)
-        for member in self.members:
-            _unpack(member.linear, weight[member.outputs])
+        for linear, outputs in self.layers.items():
+            _unpack(linear, weight[outputs])
         return weight
 
 

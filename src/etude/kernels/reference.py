@@ -31,15 +31,35 @@ def rms_norm(
     return scale_T
 
 
+def add_rms_norm(
+    h_TD: Tensor, product_TD: Tensor, weight_D: Tensor, offset: float, eps: float, sum_TD: Tensor, out_TD: Tensor
+) -> Tensor:
+    """sum = h + product, rounded, and out = the RMS norm of what was rounded; returns its scales s (T), float32.
+
+    `sum` may be `h` or `product`.
+    """
+    sum_TD.copy_(_wide(h_TD) + _wide(product_TD))
+    return rms_norm(sum_TD, weight_D, offset, eps, out_TD)
+
+
 def rms_norm_backward(
-    grad_TD: Tensor, h_TD: Tensor, weight_D: Tensor, offset: float, scale_T: Tensor, residual_TD: Tensor | None = None
+    grad_TD: Tensor,
+    h_TD: Tensor,
+    weight_D: Tensor,
+    offset: float,
+    scale_T: Tensor,
+    residual_TD: Tensor | None = None,
+    update: Reduction | None = None,
 ) -> Tensor:
     """The gradient of h (T, D): [residual +] s * (g - n * mean(g * n)), n = h * s, g = grad * (offset + weight).
 
-    `residual` is the gradient that reaches h around the norm.
+    `residual` is the gradient that reaches h around the norm. `update` is what an adapter adds to `grad`, which is then
+    grad + grad_reduced A: that sum is nowhere written, or over `grad` where the ranks are many.
     """
-    normed = _wide(h_TD) * scale_T[:, None]
-    weighted = _wide(grad_TD) * (offset + _wide(weight_D))
+    normed, grad = _wide(h_TD) * scale_T[:, None], _wide(grad_TD)
+    if update is not None:
+        grad = grad + _wide(update.grad_reduced) @ _wide(update.A)
+    weighted = grad * (offset + _wide(weight_D))
     result = scale_T[:, None] * (weighted - normed * (weighted * normed).mean(dim=1, keepdim=True))
     return (result if residual_TD is None else _wide(residual_TD) + result).to(h_TD.dtype)
 
@@ -88,6 +108,68 @@ def rotate_backward(
     out_THd.copy_(grad)
 
 
+class HeadNorm(NamedTuple):
+    """The RMS norm of a head before it is rotated: x * s * (offset + weight)."""
+
+    weight: Tensor
+    """(d)"""
+    offset: float
+    eps: float
+
+
+class NormedHeads(NamedTuple):
+    """What undoing the norm of heads needs: the heads (T, H, d) before it and their scales (T, H)."""
+
+    heads: Tensor
+    weight: Tensor
+    offset: float
+    scale: Tensor
+
+
+def rotate_heads(
+    qkv_TO: Tensor,
+    cos_Td: Tensor,
+    sin_Td: Tensor,
+    query_THd: Tensor,
+    key_TKd: Tensor,
+    value_TKd: Tensor,
+    query_norm: HeadNorm | None = None,
+    key_norm: HeadNorm | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Heads out of the rows of a joint projection, O = (H + 2K) d: queries and keys [normed and] rotated, values as they are.
+
+    Returns the scales of the queries' norm (T, H) and of the keys' (T, K), float32, or None.
+    """
+    of_query, of_key, of_value = _heads_of(qkv_TO, query_THd.shape[1], key_TKd.shape[1])
+    query_scale_TH = rotate(of_query, cos_Td, sin_Td, query_THd, *(query_norm or ()))
+    key_scale_TK = rotate(of_key, cos_Td, sin_Td, key_TKd, *(key_norm or ()))
+    value_TKd.copy_(of_value)
+    return query_scale_TH, key_scale_TK
+
+
+def rotate_heads_backward(
+    query_grad_THd: Tensor,
+    key_grad_TKd: Tensor,
+    value_grad_TKd: Tensor,
+    cos_Td: Tensor,
+    sin_Td: Tensor,
+    out_TO: Tensor,
+    query: NormedHeads | None = None,
+    key: NormedHeads | None = None,
+) -> None:
+    """Write the gradient of `rotate_heads`'s rows into `out` (T, O); `query` and `key` only where it normed them."""
+    of_query, of_key, of_value = _heads_of(out_TO, query_grad_THd.shape[1], key_grad_TKd.shape[1])
+    rotate_backward(query_grad_THd, cos_Td, sin_Td, of_query, *(query or ()))
+    rotate_backward(key_grad_TKd, cos_Td, sin_Td, of_key, *(key or ()))
+    of_value.copy_(value_grad_TKd)
+
+
+def _heads_of(rows_TO: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (T, H, d), (T, K, d) and (T, K, d) of rows of (H + 2K) d."""
+    query, key, value = torch.split(rows_TO.view(rows_TO.shape[0], H + 2 * K, -1), [H, K, K], dim=1)
+    return query, key, value
+
+
 def gate(gate_up_T2F: Tensor, activation: str, out_TF: Tensor) -> None:
     """out = f(gate) * up for the halves of `gate_up`; f is "silu" or "gelu_tanh". Source: Shazeer, arXiv 2002.05202."""
     gate_TF, up_TF = _wide(gate_up_T2F).chunk(2, dim=1)
@@ -125,18 +207,34 @@ class Update(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """What the next projection's adapter has to do with the gated product x: the gradient of x A^T (T, r), and A (r, F)."""
+    """What an adapter adds to the gradient of its input x, grad_reduced A: the gradient of x A^T (T, r), and A (r, I)."""
 
     grad_reduced: Tensor
     A: Tensor
 
 
 def gate_updated(
-    gate_up_T2F: Tensor, update: Update, activation: str, out_TF: Tensor, A_RF: Tensor | None = None
+    gate_up_T2F: Tensor,
+    update: Update,
+    activation: str,
+    out_TF: Tensor,
+    A_RF: Tensor | None = None,
+    room_TR: Tensor | None = None,
 ) -> Tensor | None:
-    """`gate` of gate_up + reduced B^T, which is nowhere written; returns out A^T (T, r) where A is given."""
+    """`gate` of gate_up + reduced B^T, which is nowhere written; returns out A^T (T, r) where A is given, also copied to
+    `room`."""
     gate(update.of(_wide(gate_up_T2F)), activation, out_TF)
-    return None if A_RF is None else torch.mm(out_TF, A_RF.t())
+    return reduced_product(out_TF, A_RF, room_TR)
+
+
+def reduced_product(x_TF: Tensor, A_RF: Tensor | None, room_TR: Tensor | None) -> Tensor | None:
+    """x A^T (T, r), also copied to `room`."""
+    if A_RF is None:
+        return None
+    reduced = torch.mm(x_TF, A_RF.t())
+    if room_TR is not None:
+        copy_rows(reduced, room_TR)
+    return reduced
 
 
 def gate_updated_backward(
@@ -148,7 +246,8 @@ def gate_updated_backward(
     reduction: Reduction | None = None,
     product_TF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The backward pass of `gate_updated`: its gradient into `out`, and those of B (2F, R) and of A (r, F).
+    """The backward pass of `gate_updated`: its gradient into `out`, and those of B (2F, R) and of A (r, F), or parts
+    (S, 2F, R) and (S, r, F) that add up to them.
 
     With `reduction` the gradient of the product is grad + grad_reduced A, and A's own is returned. `product`, which may be
     `grad`, receives what `gate_updated` had computed.
@@ -182,14 +281,15 @@ def drop(x_TI: Tensor, seed: Tensor, stream: int, share: float, out_TI: Tensor) 
     out_TI.copy_(_wide(x_TI) * is_kept.to(x_TI.device) / (1.0 - share))
 
 
-def add_product(out_TI: Tensor, left_TR: Tensor, right_RI: Tensor) -> None:
-    """out += left right, of a rank so low that reading and writing `out` is what takes time."""
-    out_TI.addmm_(left_TR, right_RI)
+def add_product(out_TI: Tensor, left_TR: Tensor, right_RI: Tensor, residual_TI: Tensor | None = None) -> None:
+    """out += [residual +] left right, of a rank so low that reading and writing `out` is what takes time."""
+    product = _wide(left_TR) @ _wide(right_RI)
+    out_TI.copy_(_wide(out_TI) + (product if residual_TI is None else _wide(residual_TI) + product))
 
 
-def copy_rows(source_TR: Tensor, out_TR: Tensor) -> None:
-    """out = source: a few columns of wide rows."""
-    out_TR.copy_(source_TR)
+def copy_rows(source_TR: Tensor, out_TR: Tensor, scale_T: Tensor | None = None) -> None:
+    """out = source [* scale]: a few columns of wide rows."""
+    out_TR.copy_(source_TR if scale_T is None else _wide(source_TR) * scale_T[:, None])
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:

@@ -84,10 +84,13 @@ class Accumulate:
         self.grid = len(shares), triton.cdiv(max(total.numel() for total in self.totals), BLOCK)
 
     def add(self, all_A: Tensor, all_B: Tensor, column_factor: Tensor | None, offset: float) -> None:
-        """`all_A` (R, I) and `all_B` (O, R) hold the gradients of all factors; A's are multiplied by offset + factor (I)."""
+        """`all_A` (R, I) and `all_B` (O, R), or parts of them (S, ..) that are summed here, hold the gradients of all
+        factors; A's are multiplied by offset + factor (I)."""
+        parts_A, parts_B = (1 if product.dim() == 2 else product.shape[0] for product in (all_A, all_B))
         _accumulate[self.grid](
-            all_A, all_B, column_factor, self.totals[0], self.table, self.scalings, offset, FIELDS, BLOCK
-        )
+            all_A, all_B, column_factor, self.totals[0], self.table, self.scalings, offset, parts_A, parts_B,
+            all_A.numel() // parts_A, all_B.numel() // parts_B, FIELDS, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -125,6 +128,10 @@ def _accumulate(
     table: tl.tensor,
     scalings: tl.tensor,
     offset: float,
+    parts_A: int,
+    parts_B: int,
+    part_A_size: int,
+    part_B_size: int,
     FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -141,11 +148,19 @@ def _accumulate(
         row, column = index // columns, index % columns
         inside = index < count
         place = start + row * stride + column
-        value = tl.load(all_A + place, mask=inside & (of_A == 1), other=0.0).to(tl.float32)
-        if column_factor is not None:
-            factor = tl.load(column_factor + column, mask=inside & (of_A == 1), other=0.0).to(tl.float32)
-            value *= offset + factor
-        value += tl.load(all_B + place, mask=inside & (of_A == 0), other=0.0).to(tl.float32)
+        value = tl.zeros((BLOCK,), dtype=tl.float32)
+        if of_A == 1:
+            part = 0
+            while part < parts_A:  # its number differs from batch to batch: not worth a kernel of its own
+                value += tl.load(all_A + place + part * part_A_size, mask=inside, other=0.0).to(tl.float32)
+                part += 1
+            if column_factor is not None:
+                value *= offset + tl.load(column_factor + column, mask=inside, other=0.0).to(tl.float32)
+        else:
+            part = 0
+            while part < parts_B:
+                value += tl.load(all_B + place + part * part_B_size, mask=inside, other=0.0).to(tl.float32)
+                part += 1
         value *= tl.load(scalings + piece)
         before = tl.load(total + index, mask=inside, other=0.0)
         tl.store(total + index, before + value, mask=inside)

@@ -7,6 +7,7 @@ graph, the next is captured, so that a size seen once costs nothing more.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,8 +22,9 @@ from etude.model.packing import PackedBatch
 TOKEN_STEP, TOKEN_STEPS = 256, 16
 """Token slots come in multiples of 256, and of a sixteenth of the next power of two."""
 
-SAMPLE_STEP, LONGEST_MIN = 4, 2048
-"""Slots for samples come in multiples of this; how long a sample may be, in powers of two from this on."""
+SAMPLE_STEP, LONGEST_MIN = 2, 1024
+"""Slots for samples come in multiples of this; how long a sample may be, in powers of two from this on. Attention starts
+programs for as many and as long samples as the slots say, also for those that are not there."""
 
 LABEL_SHARES = 4
 """Label slots come in quarters of the token slots."""
@@ -126,7 +128,7 @@ class GraphedLoss:
     ) -> None:
         self.loss, self.autocast, self.device, self.most_tokens = loss, autocast, device, most_tokens
         self.inverse_items = torch.ones((), device=device)
-        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = _capture_stream(device)
         self._seen: Counter[Slots] = Counter()
         self._captured: dict[Slots, _Captured] = {}
         self._pool: Any = None
@@ -180,6 +182,12 @@ class GraphedLoss:
             loss = self._run(inputs)
         self._pool = self._pool or graph.pool()
         return _Captured(inputs, graph, loss)
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> Any:
+    """One for all trainings: cuBLAS keeps a workspace for every stream that it has been used on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _copy_into(target: PackedBatch, source: PackedBatch) -> None:

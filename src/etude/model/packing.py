@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
@@ -34,6 +35,7 @@ from etude.kernels.attention import (
 
 ATTENTION_NAME = "etude_segments"
 IGNORED_LABEL = -100
+PACKED_COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,24 +89,31 @@ def pack(inputs: dict[str, Tensor]) -> PackedBatch | None:
     None where a label would be predicted from a padding token (a left-padded row whose first token is labelled): that
     prediction exists only in the padded batch. Reads sizes back to the host: on a GPU cheaper before the copy there.
     """
-    is_real = inputs["attention_mask"] != 0
-    next_label = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
+    # Not torch: these few elements would be shared out among all its threads, which a container with fewer cores than
+    # the machine has makes wait for each other, for longer than a step of a small model takes.
+    columns = {key: inputs[key].cpu().numpy() for key in PACKED_COLUMNS if key in inputs}
+    is_real = columns["attention_mask"] != 0
+    next_label = np.full_like(columns["labels"], IGNORED_LABEL)
+    next_label[:, :-1] = columns["labels"][:, 1:]
     is_predicting = next_label != IGNORED_LABEL
-    if bool((is_predicting & ~is_real).any()):
+    if (is_predicting & ~is_real).any():
         return None
-    row, column = is_real.nonzero(as_tuple=True)
-    position_ids = inputs.get("position_ids")
-    positions = column if position_ids is None else position_ids[row, column]
-    lengths = tuple(length for length in is_real.sum(dim=1).tolist() if length > 0)
-    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32)
-    predicting = is_predicting[row, column].nonzero(as_tuple=True)[0]
+    row, column = is_real.nonzero()
+    positions = column if "position_ids" not in columns else columns["position_ids"][row, column]
+    lengths = tuple(length for length in is_real.sum(axis=1).tolist() if length > 0)
+    (predicting,) = is_predicting[row, column].nonzero()
+    device = inputs["input_ids"].device
+
+    def tensor(values: Any) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
     return PackedBatch(
-        input_ids=inputs["input_ids"][row, column][None],
-        position_ids=positions[None],
-        cu_seqlens=cu_seqlens.to(row.device),
+        input_ids=tensor(columns["input_ids"][row, column][None]),
+        position_ids=tensor(positions[None]),
+        cu_seqlens=tensor(np.cumsum((0, *lengths), dtype=np.int32)),
         lengths=lengths,
-        predicting=predicting,
-        targets=next_label[row, column][predicting],
+        predicting=tensor(predicting),
+        targets=tensor(next_label[row, column][predicting]),
     )
 
 

@@ -1,0 +1,276 @@
+"""RMS norms as Triton kernels: alone, after a residual sum, and their gradient with the LoRA update before it inside.
+
+One program holds a row in registers: a row is read once and written once. The gradient that an adapter adds to before it
+reaches the norm, grad + dU A, is made where it is read: there a program has several rows, so that A comes out of the cache
+once for all of them, and walks over them in tiles, once for the mean of every row and once for the result.
+
+The same signatures and results as in `reference`. Importing this module needs Triton. BLOCK is a row, ROWS and COLUMNS are a
+tile, powers of two.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from etude.kernels.reference import Reduction
+
+ELEMENTS_PER_WARP = 1024
+"""32 per thread: in bfloat16 four loads of 16 bytes under way per thread and tensor, and still no register is spilled."""
+
+MAX_ROW_WARPS = 16
+"""A row of 16,384 takes them all; longer ones take more registers instead, more warps wait too long for each other."""
+
+MOST_RANKS = 64
+"""Above it A, which every program reads twice, is much more to read than the pass over the gradient that is saved."""
+
+TILE_ROWS, TILE_COLUMNS, TILE_WARPS, TILE_STAGES = 16, 512, 8, 3
+"""Of `rms_norm_backward` with an update of 32 ranks in half precision; more ranks and wider numbers take fewer columns, so
+that the next tiles still fit the shared memory. Rows are 16 or more, as the matrix units take them: fewer leave more of the
+second walk's reads in the cache, more read A less often."""
+
+
+def rms_norm(
+    h_TD: Tensor, weight_D: Tensor, offset: float, eps: float, out_TD: Tensor, residual_TD: Tensor | None = None
+) -> Tensor:
+    """`reference.rms_norm`; `out` may be `h` or `residual`."""
+    T, D = h_TD.shape
+    scale_T = torch.empty(T, dtype=torch.float32, device=h_TD.device)
+    residual_stride = 0 if residual_TD is None else residual_TD.stride(0)
+    strides = (h_TD.stride(0), residual_stride, out_TD.stride(0))
+    block, num_warps = _row_shape(D)
+    _rms_norm[(T,)](h_TD, weight_D, residual_TD, out_TD, scale_T, *strides, offset, eps, D, block, num_warps=num_warps)
+    return scale_T
+
+
+def add_rms_norm(
+    h_TD: Tensor, product_TD: Tensor, weight_D: Tensor, offset: float, eps: float, sum_TD: Tensor, out_TD: Tensor
+) -> Tensor:
+    """`reference.add_rms_norm`; `sum` may be `h` or `product`."""
+    T, D = h_TD.shape
+    scale_T = torch.empty(T, dtype=torch.float32, device=h_TD.device)
+    strides = (h_TD.stride(0), product_TD.stride(0), sum_TD.stride(0), out_TD.stride(0))
+    block, num_warps = _row_shape(D)
+    _add_rms_norm[(T,)](
+        h_TD, product_TD, weight_D, sum_TD, out_TD, scale_T, *strides, offset, eps, D, block, num_warps=num_warps
+    )
+    return scale_T
+
+
+def rms_norm_backward(
+    grad_TD: Tensor,
+    h_TD: Tensor,
+    weight_D: Tensor,
+    offset: float,
+    scale_T: Tensor,
+    residual_TD: Tensor | None = None,
+    update: Reduction | None = None,
+) -> Tensor:
+    """`reference.rms_norm_backward`; with an update of more than `MOST_RANKS` ranks `grad` is overwritten."""
+    T, D = h_TD.shape
+    if update is not None and update.A.shape[0] > MOST_RANKS:
+        from etude.kernels.fused import add_product
+
+        add_product(grad_TD, *update)
+        update = None
+    out_TD = torch.empty((T, D), dtype=h_TD.dtype, device=h_TD.device)
+    residual_stride = 0 if residual_TD is None else residual_TD.stride(0)
+    strides = (grad_TD.stride(0), h_TD.stride(0), residual_stride)
+    if update is not None and update.A.shape[0] > 0:
+        rank = update.A.shape[0]
+        rank_block = max(triton.next_power_of_2(rank), 16)
+        columns = max(TILE_COLUMNS * 64 // (max(rank_block, 32) * h_TD.element_size()), 16)
+        _rms_norm_updated_backward[(triton.cdiv(T, TILE_ROWS),)](
+            grad_TD, h_TD, weight_D, residual_TD, scale_T, update.grad_reduced, update.A, out_TD, *strides,
+            update.grad_reduced.stride(0), update.A.stride(0), offset, T, D, rank, rank_block, TILE_ROWS, columns,
+            TILE_STAGES, num_warps=TILE_WARPS,
+        )  # fmt: skip
+        return out_TD
+    block, num_warps = _row_shape(D)
+    _rms_norm_backward[(T,)](
+        grad_TD, h_TD, weight_D, residual_TD, scale_T, out_TD, *strides, offset, D, block, num_warps=num_warps
+    )
+    return out_TD
+
+
+def _row_shape(D: int) -> tuple[int, int]:
+    """(BLOCK, warps) of a program that holds a row in registers: short rows go without barriers between warps."""
+    block = triton.next_power_of_2(D)
+    return block, min(max(block // ELEMENTS_PER_WARP, 1), MAX_ROW_WARPS)
+
+
+@triton.jit
+def _rms_norm(
+    h: tl.tensor,
+    weight: tl.tensor,
+    residual: tl.tensor,
+    out: tl.tensor,
+    scale: tl.tensor,
+    h_stride: int,
+    residual_stride: int,
+    out_stride: int,
+    offset: float,
+    eps: float,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    wide = tl.load(h + row * h_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    factor = offset + tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        around = tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    row_scale = tl.rsqrt(tl.sum(wide * wide) / D + eps)
+    tl.store(scale + row, row_scale)
+    result = wide * row_scale * factor
+    if residual is not None:
+        result = around + result
+    tl.store(out + row * out_stride + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_rms_norm(
+    h: tl.tensor,
+    product: tl.tensor,
+    weight: tl.tensor,
+    total: tl.tensor,
+    out: tl.tensor,
+    scale: tl.tensor,
+    h_stride: int,
+    product_stride: int,
+    total_stride: int,
+    out_stride: int,
+    offset: float,
+    eps: float,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    wide = tl.load(h + row * h_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    wide += tl.load(product + row * product_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    factor = offset + tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    rounded = wide.to(total.dtype.element_ty)
+    tl.store(total + row * total_stride + columns, rounded, mask=inside)
+    wide = rounded.to(tl.float32)  # what the backward pass will find
+    row_scale = tl.rsqrt(tl.sum(wide * wide) / D + eps)
+    tl.store(scale + row, row_scale)
+    tl.store(out + row * out_stride + columns, (wide * row_scale * factor).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm_backward(
+    grad: tl.tensor,
+    h: tl.tensor,
+    weight: tl.tensor,
+    residual: tl.tensor,
+    scale: tl.tensor,
+    out: tl.tensor,
+    grad_stride: int,
+    h_stride: int,
+    residual_stride: int,
+    offset: float,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    row_scale = tl.load(scale + row)
+    normed = tl.load(h + row * h_stride + columns, mask=inside, other=0.0).to(tl.float32) * row_scale
+    weighted = tl.load(grad + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    weighted *= offset + tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        around = tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    result = row_scale * (weighted - normed * (tl.sum(weighted * normed) / D))
+    if residual is not None:
+        result = around + result
+    tl.store(out + row * D + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm_updated_backward(
+    grad: tl.tensor,
+    h: tl.tensor,
+    weight: tl.tensor,
+    residual: tl.tensor,
+    scale: tl.tensor,
+    grad_reduced: tl.tensor,
+    A: tl.tensor,
+    out: tl.tensor,
+    grad_stride: int,
+    h_stride: int,
+    residual_stride: int,
+    grad_reduced_stride: int,
+    A_stride: int,
+    offset: float,
+    T: int,
+    D: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows_inside = rows < T
+    row_scale = tl.load(scale + rows, mask=rows_inside, other=0.0)[:, None]
+    ranks = tl.arange(0, RANK_BLOCK)[None, :]
+    places = grad_reduced + rows[:, None] * grad_reduced_stride + ranks
+    left = tl.load(places, mask=rows_inside[:, None] & (ranks < RANK), other=0.0)
+    of_grad, of_h = grad + rows[:, None] * grad_stride, h + rows[:, None] * h_stride
+    along = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)  # summed over its columns once, at the end
+    for start in tl.range(0, D, COLUMNS, num_stages=STAGES):
+        weighted, normed = _weighted_and_normed(
+            of_grad, of_h, weight, A, left, row_scale, rows_inside, start, A_stride, offset, D, RANK, RANK_BLOCK,
+            COLUMNS,
+        )  # fmt: skip
+        along += weighted * normed
+    mean = (tl.sum(along, axis=1) / D)[:, None]
+    for start in tl.range(0, D, COLUMNS, num_stages=STAGES):
+        weighted, normed = _weighted_and_normed(
+            of_grad, of_h, weight, A, left, row_scale, rows_inside, start, A_stride, offset, D, RANK, RANK_BLOCK,
+            COLUMNS,
+        )  # fmt: skip
+        columns = start + tl.arange(0, COLUMNS)[None, :]
+        inside = rows_inside[:, None] & (columns < D)
+        result = row_scale * (weighted - normed * mean)
+        if residual is not None:
+            around = tl.load(residual + rows[:, None] * residual_stride + columns, mask=inside, other=0.0)
+            result = around.to(tl.float32) + result
+        into = out + rows[:, None] * D + columns
+        # Not kept in the cache, where the second walk is to find the rows.
+        tl.store(into, result.to(out.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+
+
+@triton.jit
+def _weighted_and_normed(
+    of_grad: tl.tensor,
+    of_h: tl.tensor,
+    weight: tl.tensor,
+    A: tl.tensor,
+    left: tl.tensor,
+    row_scale: tl.tensor,
+    rows_inside: tl.tensor,
+    start: int,
+    A_stride: int,
+    offset: float,
+    D: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """A tile of (grad + dU A) * (offset + weight), and one of h * s."""
+    columns = start + tl.arange(0, COLUMNS)[None, :]
+    inside = rows_inside[:, None] & (columns < D)
+    weighted = tl.load(of_grad + columns, mask=inside, other=0.0).to(tl.float32)
+    normed = tl.load(of_h + columns, mask=inside, other=0.0).to(tl.float32) * row_scale
+    ranks = tl.arange(0, RANK_BLOCK)[:, None]
+    right = tl.load(A + ranks * A_stride + columns, mask=(ranks < RANK) & (columns < D), other=0.0)
+    weighted += tl.dot(left, right, input_precision="ieee")
+    weighted *= offset + tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
+    return weighted, normed
