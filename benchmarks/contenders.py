@@ -34,6 +34,7 @@ GC = {"gradient_checkpointing": True}
 PACKING, PADDING_FREE = {"packing": True}, {"padding_free": True, "max_length": None}
 TRL, UNSLOTH = ("trl", "datasets"), ("unsloth",)
 NO_GRAPHS = {"cuda_graphs": False}
+OFFLOAD = {"activation_offloading": True}
 
 CONTENDERS = {
     "etude": Contender("etude"),
@@ -42,6 +43,8 @@ CONTENDERS = {
     "etude-general": Contender("etude", {"fast_path": False}),
     "etude-fp8": Contender("etude", {"base_precision": "fp8"}),
     "etude-nf4": Contender("etude", nf4=True, needs=("bitsandbytes",)),
+    "etude-offload": Contender("etude", OFFLOAD),
+    "etude-nf4-offload": Contender("etude", OFFLOAD, nf4=True, needs=("bitsandbytes",)),
     "transformers": Contender("transformers"),
     "transformers-gc": Contender("transformers", GC),
     "transformers-nf4": Contender("transformers", nf4=True, needs=("bitsandbytes",)),

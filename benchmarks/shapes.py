@@ -79,7 +79,7 @@ WORKS = {
     "llama-1b-8x1024": Work(llama_1b, 8, 1024),
     "qwen3-0.6b-8x1024": Work(qwen3_06b, 8, 1024),
     "qwen3-0.6b-1x512": Work(qwen3_06b, 1, 512, warmup=60, steps=40),
-    "llama-1b-ragged": Work(llama_1b, 8, 2048, ragged=True, warmup=160, steps=40),
+    "llama-1b-ragged": Work(llama_1b, 8, 2048, ragged=True, warmup=110, steps=40),
     "qwen3-30b-a3b-4x1024": Work(qwen3_30b_a3b, 4, 1024, adapter=EXPERTS),
     "tiny": Work(tiny, 2, 256, ragged=True, warmup=2, steps=3),  # shows on a CPU that the benchmark works
 }

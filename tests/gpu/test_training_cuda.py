@@ -207,3 +207,50 @@ def test_the_classic_script_on_a_billion_parameters(tmp_path: Path, precision: s
     again = classic()
     again.train(resume_from_checkpoint=str(tmp_path / "lora-output" / "checkpoint-6"))
     assert losses(again) == pytest.approx(losses(whole), rel=2e-2)
+
+
+class LessMemory(TrainerCallback):
+    """From step 3 on the device has hardly more memory than the model, the optimizer and half a step's batch take."""
+
+    def __init__(self, spare_bytes: int) -> None:
+        self.spare_bytes = spare_bytes
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            torch.cuda.empty_cache()
+            allowed = torch.cuda.memory_reserved() + self.spare_bytes
+            torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+
+
+@pytest.mark.parametrize("fast_path", [True, False], ids=["packed", "general"])
+def test_a_run_goes_on_where_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast_path: bool) -> None:
+    curves, adapters = [], []
+    notices: list[str] = []
+    needed = 0
+    for name in ("enough", "less"):
+        torch.manual_seed(0)
+        base = tiny_llama(hidden_size=512, intermediate_size=1536, head_dim=64, max_position_embeddings=1024)
+        trained = Trainer(
+            model=with_lora(base.bfloat16(), task_type="CAUSAL_LM"),
+            args=TrainingArguments(
+                output_dir=str(tmp_path / name), per_device_train_batch_size=32, max_steps=8, logging_steps=1, bf16=True,
+                learning_rate=1e-3, save_strategy="no", disable_tqdm=True, fast_path=fast_path, cuda_graphs=False,
+            ),
+            train_dataset=language_rows(128, seed=1, shortest=800, longest=1000),
+            data_collator=Padded(),
+        )  # fmt: skip
+        if name == "less":
+            trained.add_callback(LessMemory(spare_bytes=int(0.6 * needed)))
+            monkeypatch.setattr(trained.notices, "say", notices.append)
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            trained.train()
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        curves.append(losses(trained))
+        adapters.append(adapter_of(trained.model))
+    assert any("out of memory at step 3" in line for line in notices), notices
+    assert len(curves[1]) == 8
+    assert curves[1] == pytest.approx(curves[0], rel=5e-3)
+    assert set(adapters[0]) == set(adapters[1])

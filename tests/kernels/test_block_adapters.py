@@ -8,17 +8,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from torch import nn
-
-from etude import Trainer, TrainingArguments
-from etude.errors import ModelError
-from etude.kernels.block import Block
-from etude.kernels.layers import block_of, compare
-from etude.model.capabilities import causal_model, decoder_of
 from test_blocks import (
     ADAPTERS,
     FLOAT32_NORMS,
-    KINDS,
     adapted,
     applied,
     assert_block_equals_layer,
@@ -28,6 +20,13 @@ from test_blocks import (
     num_items_of,
     with_blocks,
 )
+from torch import nn
+
+from etude import Trainer, TrainingArguments
+from etude.errors import ModelError
+from etude.kernels.block import Block
+from etude.kernels.layers import block_of, compare
+from etude.model.capabilities import causal_model, decoder_of
 from tiny import Padded, adapter_of, assert_same_bits, language_rows
 
 MODELS = ("llama, all biases", "qwen3", "gemma3, window 4")
@@ -143,6 +142,32 @@ def test_a_run_says_that_its_layers_are_our_own(name: str, capsys: pytest.Captur
         assert said == fast_path
         results.append(adapter_of(model) | {"loss": torch.tensor([r["loss"] for r in trainer.state.log_history[:4]])})
     assert_equal(results[0], results[1], 1e-4)
+
+
+@pytest.mark.parametrize("build", [with_two, with_bias])
+def test_under_dropout_the_gradient_is_that_of_what_was_computed(build: Callable[..., nn.Module]) -> None:
+    """Against differences along one direction in all adapters at once; peft draws other elements to drop."""
+    model = build("llama, all biases", lora_dropout=0.4).double()
+    with applied(model, torch.float64) as found:
+        block, call = found.pairs()[0]
+        trained = [p for p in block.layer.parameters() if p.requires_grad]
+        weights = torch.randn(call.hidden.shape, dtype=torch.float64)
+
+        def value() -> torch.Tensor:
+            found.plan.refresh()
+            torch.manual_seed(0)
+            return (block.run(call.hidden, call.position_embeddings, **call.options) * weights).sum()
+
+        gradients = torch.autograd.grad(value(), trained)
+        directions = [torch.randn_like(p) for p in trained]
+        slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+        values = []
+        for step in (1e-6, -2e-6):
+            with torch.no_grad():
+                for parameter, direction in zip(trained, directions, strict=True):
+                    parameter += step * direction
+                values.append(float(value()))
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-6)
 
 
 def test_a_change_of_the_active_adapters_is_noticed() -> None:

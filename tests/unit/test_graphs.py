@@ -26,7 +26,7 @@ def batch_of(lengths: list[int], num_labels: int | None = None) -> PackedBatch:
 
 def test_a_ragged_batch_gets_room_for_a_sample_of_padding() -> None:
     assert slots_of(batch_of([100, 30, 7])) == Slots(256, 4, 192, LONGEST_MIN, None)
-    assert slots_of(batch_of([50, 40, 30, 20])) == Slots(256, 6, 192, LONGEST_MIN, None)
+    assert slots_of(batch_of([50, 40, 30, 20])) == Slots(256, 8, 192, LONGEST_MIN, None)
     assert slots_of(batch_of([128, 127, 1])).samples == 4  # full, and still one sample of no length
 
 

@@ -411,9 +411,7 @@ def _undo_norm(grad: Tensor, norm: Norm | None, product: Tensor, scale_T: Tensor
     return cast(Tensor, operations(grad.device).rms_norm_backward(grad, product, norm.weight, norm.offset, scale_T))
 
 
-def _input_gradient(
-    projection: Projection, grad: Tensor, drop: Drop | None
-) -> tuple[Tensor, Tensor, Reduction | None]:
+def _input_gradient(projection: Projection, grad: Tensor, drop: Drop | None) -> tuple[Tensor, Tensor, Reduction | None]:
     """The gradients of a norm's output and of that times A^T, and what is still to be added to the first."""
     has_update = drop is None and projection.rank > 0
     x_grad, reduced_grad = projection.backward(grad, drop, adds_update=not has_update)

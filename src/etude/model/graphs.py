@@ -22,9 +22,8 @@ from etude.model.packing import PackedBatch
 TOKEN_STEP, TOKEN_STEPS = 256, 16
 """Token slots come in multiples of 256, and of a sixteenth of the next power of two."""
 
-SAMPLE_STEP, LONGEST_MIN = 2, 1024
-"""Slots for samples come in multiples of this; how long a sample may be, in powers of two from this on. Attention starts
-programs for as many and as long samples as the slots say, also for those that are not there."""
+SAMPLE_STEP, LONGEST_MIN = 4, 2048
+"""Slots for samples come in multiples of this; how long a sample may be, in powers of two from this on."""
 
 LABEL_SHARES = 4
 """Label slots come in quarters of the token slots."""
