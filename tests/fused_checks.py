@@ -68,24 +68,6 @@ def check_rms_norm(
     assert_rounded_once(out, exact, row_magnitude(exact))
 
 
-def check_add_rms_norm(inputs: Inputs, T: int, D: int, *, offset: float, into: str, apart: int) -> None:
-    """`into`: where the sum is written, over "h" or "product", or elsewhere."""
-    h, product = inputs.rows(T, D, seed=0, apart=apart) * 3, inputs.rows(T, D, seed=1, apart=apart)
-    weight, out = inputs.vector(D, seed=2), inputs.rows(T, D, seed=3, apart=apart)
-    exact_sum = h.double() + product.double()
-    sizes = h.double().abs() + product.double().abs()
-    total = {"h": h, "product": product}.get(into, inputs.rows(T, D, seed=4, apart=apart))
-    scale = fused.add_rms_norm(h, product, weight, offset, 1e-6, total, out)
-    assert_rounded_once(total, exact_sum, sizes)
-    exact = torch.empty(T, D, dtype=torch.float64, device=h.device)
-    exact_scale = reference.rms_norm(
-        total.double(), weight.double(), offset, 1e-6, exact
-    )  # of the sum as it was rounded
-    assert scale.dtype == torch.float32
-    torch.testing.assert_close(scale.double(), exact_scale, rtol=NOISE, atol=0.0)
-    assert_rounded_once(out, exact, row_magnitude(exact))
-
-
 def check_rms_norm_backward(
     inputs: Inputs, T: int, D: int, *, offset: float, residual: bool, apart: int, rank: int = 0
 ) -> None:
@@ -111,36 +93,13 @@ def check_rms_norm_backward(
     assert_rounded_once(ours, exact, slack * row_magnitude(exact))
 
 
-def check_rotate(inputs: Inputs, T: int, H: int, d: int, *, norm: bool, in_place: bool, table: torch.dtype) -> None:
-    """Forward and backward; the heads are a slice of a wider buffer, as queries are of the joint projection."""
-    x, grad = (inputs.rows(T, (H + 2) * d, seed=seed)[:, d:-d].unflatten(1, (H, d)) for seed in (0, 1))
-    cos, sin = (Inputs(inputs.device, table).rows(T, d, seed=seed) for seed in (2, 3))
-    weight = inputs.vector(d, seed=4) if norm else None
-    exact_weight = None if weight is None else weight.double()
-    offset, eps = (1.0, 1e-6) if norm else (0.0, 0.0)
-
-    exact = torch.empty(T, H, d, dtype=torch.float64, device=x.device)
-    exact_scale = reference.rotate(x.double(), cos.double(), sin.double(), exact, exact_weight, offset, eps)
-    kept = x.transpose(0, 1).contiguous().transpose(0, 1)  # heads first in memory, as attention hands them back
-    out = x if in_place else torch.empty_like(x)
-    scale = fused.rotate(x, cos, sin, out, weight, offset, eps)
-    assert_rounded_once(out, exact, row_magnitude(exact))
-    assert (scale is None) == (weight is None)
-    if scale is not None and exact_scale is not None:
-        assert scale.dtype == torch.float32
-        torch.testing.assert_close(scale.double(), exact_scale, rtol=NOISE, atol=0.0)
-
-    exact_arguments = (kept.double(), exact_weight, offset, None if scale is None else scale.double())
-    reference.rotate_backward(grad.double(), cos.double(), sin.double(), exact, *exact_arguments)
-    out = grad if in_place else torch.empty_like(grad)
-    fused.rotate_backward(grad, cos, sin, out, kept, weight, offset, scale)
-    assert_rounded_once(out, exact, row_magnitude(exact))
-
-
 def check_rotate_heads(
     inputs: Inputs, T: int, counts: tuple[int, int], d: int, *, query_norm: bool, key_norm: bool, table: torch.dtype
 ) -> None:
-    """Forward and backward, of rows that are wider than their heads; what is beside them stays as it is."""
+    """Forward and backward, of rows that are wider than their heads; what is beside them stays as it is.
+
+    Every tensor of heads has strides of its own.
+    """
     H, K = counts
     width = (H + 2 * K) * d
     wide, wide_out = inputs.rows(T, width + 24, seed=0), inputs.rows(T, width + 24, seed=1)
@@ -153,7 +112,7 @@ def check_rotate_heads(
     exact_norms = [None if norm is None else norm._replace(weight=norm.weight.double()) for norm in norms]
     exact = [torch.empty(T, heads, d, dtype=torch.float64, device=qkv.device) for heads in (H, K, K)]
     exact_scales = reference.rotate_heads(qkv.double(), cos.double(), sin.double(), *exact, *exact_norms)
-    outputs = [torch.empty(T, heads, d, dtype=qkv.dtype, device=qkv.device) for heads in (H, K, K)]
+    outputs = [inputs.rows(T, heads, d, seed=9 + place) for place, heads in enumerate((H, K, K))]
     scales = fused.rotate_heads(qkv, cos, sin, *outputs, *norms)
     assert_rounded_once(outputs[0], exact[0], row_magnitude(exact[0]))
     assert_rounded_once(outputs[1], exact[1], row_magnitude(exact[1]))
@@ -166,8 +125,10 @@ def check_rotate_heads(
 
     # Gradients come with heads first in memory, as some attention kernels hand them back.
     gradients = [inputs.rows(heads, T, d, seed=6 + place).transpose(0, 1) for place, heads in enumerate((H, K, K))]
+    of_query, of_key, _ = qkv.unflatten(1, (-1, d)).split([H, K, K], dim=1)
+    of_key = of_key.transpose(0, 1).contiguous().transpose(0, 1)
     undone, exact_undone = [], []
-    for heads, norm, scale in zip(qkv.unflatten(1, (-1, d)).split([H, K, K], dim=1), norms, scales, strict=False):
+    for heads, norm, scale in zip((of_query, of_key), norms, scales, strict=True):
         is_normed = norm is not None and scale is not None
         undone.append(reference.NormedHeads(heads, norm.weight, norm.offset, scale) if is_normed else None)
         exact_undone.append(

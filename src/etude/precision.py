@@ -46,6 +46,16 @@ def choose_precision(*, fp16: bool, bf16: bool, device: torch.device) -> Precisi
     return Precision("fp32", device.type, None, scales_loss=False)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products in bfloat16; without them they are slower than in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def _bf16_note(device: torch.device) -> str | None:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return "bf16=True: this GPU has no bfloat16 units, expect it to be slow; fp16=True is faster here"

@@ -211,7 +211,7 @@ def test_a_global_batch_that_cannot_be_dealt_is_refused(asked: tuple[Any, ...]) 
 
 
 def resolved(said: dict[str, Any], **facts: Any) -> dict[str, Any]:
-    known = Facts(1, has_bfloat16_gpu=False, num_eval_rows=10, model_type="llama", hidden_size=4096)
+    known = Facts(1, has_bfloat16=False, num_eval_rows=10, model_type="llama", hidden_size=4096)
     return training_settings(Recipe("m", "d", training=said), known._replace(**facts))
 
 
@@ -271,10 +271,10 @@ def test_without_rows_to_evaluate_on_nothing_is_evaluated() -> None:
     TrainingArguments(**settings)
 
 
-def test_bfloat16_is_the_default_of_a_gpu_that_has_it() -> None:
-    assert resolved({}, has_bfloat16_gpu=True)["bf16"] is True
-    assert resolved({"bf16": False}, has_bfloat16_gpu=True)["bf16"] is False
-    assert "bf16" not in resolved({"fp16": True}, has_bfloat16_gpu=True)
+def test_bfloat16_is_the_default_where_there_are_instructions_for_it() -> None:
+    assert resolved({}, has_bfloat16=True)["bf16"] is True
+    assert resolved({"bf16": False}, has_bfloat16=True)["bf16"] is False
+    assert "bf16" not in resolved({"fp16": True}, has_bfloat16=True)
 
 
 def test_every_own_setting_says_what_it_means() -> None:

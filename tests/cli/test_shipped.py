@@ -45,7 +45,7 @@ def test_every_verbs_help_is_light_and_one_screen() -> None:
 def test_a_shipped_recipe_is_valid_and_says_why(name: str) -> None:
     text = shipped.text_of(name)
     built = recipe.build(recipe.read(shipped.FOLDER / f"{name}.yaml"))
-    facts = Facts(1, has_bfloat16_gpu=False, num_eval_rows=10, model_type="llama", hidden_size=2048)
+    facts = Facts(1, has_bfloat16=False, num_eval_rows=10, model_type="llama", hidden_size=2048)
     TrainingArguments(output_dir="out", report_to="none", **training_settings(built, facts))
     assert text.startswith("# ")
     assert {line.partition(":")[0] for line in text.splitlines()} >= {"model", "data", "output", "lora"}
@@ -171,7 +171,7 @@ def test_what_is_explained_is_what_is_used() -> None:
     assert "arXiv 2602.04998" in explain.explanation("lora.dora")
     assert "an old name of eval_strategy" in explain.explanation("evaluation_strategy")
     built = recipe.build({"model": recipe.typed("m", ""), "data": recipe.typed("d", "")})
-    facts = Facts(1, has_bfloat16_gpu=False, num_eval_rows=10, model_type="x", hidden_size=None)
+    facts = Facts(1, has_bfloat16=False, num_eval_rows=10, model_type="x", hidden_size=None)
     used = training_settings(built, facts)
     for name, shown in explain.REASONS.items():
         if name in used and shown.default and not shown.default[0].isalpha():

@@ -18,7 +18,6 @@ from fused_checks import (
     Inputs,
     check_accumulate,
     check_add_product,
-    check_add_rms_norm,
     check_copy_rows,
     check_drop,
     check_gate,
@@ -26,7 +25,6 @@ from fused_checks import (
     check_gather,
     check_rms_norm,
     check_rms_norm_backward,
-    check_rotate,
     check_rotate_heads,
 )
 
@@ -55,12 +53,6 @@ def test_rms_norm_backward(inputs: Inputs, T: int, D: int, apart: int, offset: f
     check_rms_norm_backward(inputs, T, D, offset=offset, residual=residual, apart=apart)
 
 
-@pytest.mark.parametrize(("offset", "into"), [(0.0, "h"), (1.0, "product"), (1.0, "another")])
-@pytest.mark.parametrize(("T", "D", "apart"), ROWS)
-def test_add_rms_norm(inputs: Inputs, T: int, D: int, apart: int, offset: float, into: str) -> None:
-    check_add_rms_norm(inputs, T, D, offset=offset, into=into, apart=apart)
-
-
 @pytest.mark.parametrize(("offset", "residual"), [(0.0, False), (1.0, True)])
 @pytest.mark.parametrize("rank", [5, 16, 64, 70])
 @pytest.mark.parametrize(("T", "D", "apart"), [*ROWS, (33, 576, 16), (1000, 5376, 32)])
@@ -70,23 +62,24 @@ def test_rms_norm_backward_with_an_update(
     check_rms_norm_backward(inputs, T, D, offset=offset, residual=residual, apart=apart, rank=rank)
 
 
-@pytest.mark.parametrize(("norm", "in_place"), [(False, True), (False, False), (True, True), (True, False)])
-@pytest.mark.parametrize(
-    ("T", "H", "d"), [(1, 3, 20), (7, 5, 100), (2048, 8, 64), (2048, 32, 128), (512, 64, 128), (1000, 4, 256)]
-)
-def test_rotate(inputs: Inputs, T: int, H: int, d: int, norm: bool, in_place: bool) -> None:
-    table = inputs.dtype if in_place else torch.float32
-    check_rotate(inputs, T, H, d, norm=norm, in_place=in_place, table=table)
-
-
+@pytest.mark.parametrize("wide_table", [False, True])
 @pytest.mark.parametrize(("query_norm", "key_norm"), [(False, False), (True, True), (False, True)])
 @pytest.mark.parametrize(
-    ("T", "counts", "d"), [(1, (3, 1), 20), (7, (70, 3), 100), (2048, (32, 8), 128), (1000, (4, 1), 256)]
+    ("T", "counts", "d"),
+    [
+        (1, (3, 1), 20),
+        (7, (5, 5), 100),
+        (7, (70, 3), 100),
+        (2048, (16, 8), 64),
+        (2048, (32, 8), 128),
+        (512, (64, 64), 128),
+        (1000, (4, 1), 256),
+    ],
 )
 def test_rotate_heads(
-    inputs: Inputs, T: int, counts: tuple[int, int], d: int, query_norm: bool, key_norm: bool
+    inputs: Inputs, T: int, counts: tuple[int, int], d: int, query_norm: bool, key_norm: bool, wide_table: bool
 ) -> None:
-    table = inputs.dtype if query_norm else torch.float32
+    table = torch.float32 if wide_table else inputs.dtype
     check_rotate_heads(inputs, T, counts, d, query_norm=query_norm, key_norm=key_norm, table=table)
 
 
@@ -157,13 +150,14 @@ def test_a_graph_of_kernels_replays() -> None:
     """Nothing in a call waits for the device or depends on what is there."""
     h = torch.randn(256, 1024, device="cuda", dtype=torch.bfloat16)
     weight, out = torch.randn(1024, device="cuda", dtype=torch.bfloat16), torch.empty_like(h)
-    product = h.new_empty(256, 512)
+    heads, product = torch.empty_like(h), h.new_empty(256, 512)
+    query, key, value = heads.view(256, 16, 64).split([8, 4, 4], dim=1)
     cos, sin = (torch.randn(256, 64, device="cuda") for _ in range(2))
 
     def run() -> None:
         fused.rms_norm(h, weight, 0.0, 1e-6, out)
-        fused.rotate(out.view(256, 16, 64), cos, sin, out.view(256, 16, 64))
-        fused.gate(out, SILU, product)
+        fused.rotate_heads(out, cos, sin, query, key, value)
+        fused.gate(heads, SILU, product)
 
     run()  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -86,21 +86,6 @@ def test_the_gradient_of_a_norm_before_an_adapter() -> None:
     torch.testing.assert_close(ours, grad + theirs)
 
 
-def test_the_norm_of_a_sum() -> None:
-    h, product, weight = values(5, 12, seed=0), values(5, 12, seed=1), values(12, seed=2)
-    exact, out = h + product, torch.empty(5, 12, dtype=torch.float64)
-    scale = reference.add_rms_norm(h, product, weight, 1.0, 1e-3, product, out)
-    torch.testing.assert_close(product, exact)
-    torch.testing.assert_close(out, plain_norm(exact, 1.0 + weight))
-    torch.testing.assert_close(scale, (exact.square().mean(dim=1) + 1e-3).rsqrt())
-
-    total, out = (torch.empty(5, 12, dtype=torch.bfloat16) for _ in range(2))
-    scale = reference.add_rms_norm(h.bfloat16(), h.bfloat16() / 3, weight.bfloat16(), 1.0, 1e-3, total, out)
-    torch.testing.assert_close(
-        scale, (total.float().square().mean(dim=1) + 1e-3).rsqrt()
-    )  # of the sum as it was rounded
-
-
 @pytest.mark.parametrize("normed", [False, True])
 def test_the_gradient_of_rotate(normed: bool) -> None:
     x, grad = values(4, 3, 10, seed=0).requires_grad_(), values(4, 3, 10, seed=1)

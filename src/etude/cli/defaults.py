@@ -34,7 +34,8 @@ class Facts(NamedTuple):
     """What the defaults depend on."""
 
     num_processes: int
-    has_bfloat16_gpu: bool
+    has_bfloat16: bool
+    """Whether the device of the run has instructions for products in bfloat16."""
     num_eval_rows: int
     model_type: str
     hidden_size: int | None
@@ -100,7 +101,7 @@ def training_settings(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         settings["learning_rate"] = learning_rate(facts.model_type, facts.hidden_size)
     if "warmup_steps" not in said:
         settings["warmup_ratio"] = 0.03
-    if facts.has_bfloat16_gpu and not said.get("use_cpu") and not said.get("fp16"):
+    if facts.has_bfloat16 and not said.get("fp16"):
         settings["bf16"] = True
     return settings | _evaluation(said, facts.num_eval_rows, steps) | said
 

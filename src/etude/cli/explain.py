@@ -125,7 +125,7 @@ REASONS: dict[str, Reason] = {
     "bf16": Reason(
         "Half the memory and twice the speed, with the range of float32; the adapter itself stays in float32.",
         "common practice",
-        default="true on a GPU that has it",
+        default="true where the GPU or the CPU has instructions for it",
     ),
     "eval_steps": Reason("Ten looks at a run, and ten points to go back to; four where it has under 30 updates.", "judgement", "a tenth of the run", "steps, or a share below 1"),
     "save_steps": Reason("Ten looks at a run, and ten points to go back to; four where it has under 30 updates.", "judgement", "a tenth of the run", "steps, or a share below 1"),

@@ -215,15 +215,16 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
     from etude.cli.rows import build_samples, encode_sets, read_sets
     from etude.cli.voice import use_template
     from etude.model.load import attach_lora, load_base_model
+    from etude.precision import multiplies_bfloat16
 
     bars_for_people_only()
     kept = KeptRows(chosen)
     sets = None if kept.are_likely() else read_sets(chosen)  # what is wrong with a row is said before a model is loaded
     said = training_arguments(chosen.training, chosen.output, settings)
     has_gpu = torch.cuda.is_available() and not said.use_cpu
-    has_bfloat16_gpu = has_gpu and torch.cuda.is_bf16_supported()
-    computes_in_bfloat16 = said.bf16 or (has_bfloat16_gpu and not said.fp16 and "bf16" not in chosen.training)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
+    has_bfloat16 = multiplies_bfloat16(device)
+    computes_in_bfloat16 = said.bf16 or (has_bfloat16 and not said.fp16 and "bf16" not in chosen.training)
     model, tokenizer = load_base_model(
         absolute(chosen.model),  # the adapter records it, and is to find it from every folder
         dtype="bfloat16" if computes_in_bfloat16 else "float16" if said.fp16 and has_gpu else "float32",
@@ -247,7 +248,7 @@ def prepare(chosen: Recipe, settings: Settings, *, trust_remote_code: bool) -> P
 
     facts = Facts(
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
-        has_bfloat16_gpu=has_bfloat16_gpu,
+        has_bfloat16=has_bfloat16,
         num_eval_rows=len(rows.evaluation) if rows.evaluation is not None else 0,
         model_type=str(model.config.model_type),
         hidden_size=getattr(text_config, "hidden_size", None),

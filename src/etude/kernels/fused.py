@@ -19,12 +19,9 @@ from etude.kernels.fused_gate import gate as gate
 from etude.kernels.fused_gate import gate_backward as gate_backward
 from etude.kernels.fused_gate import gate_updated as gate_updated
 from etude.kernels.fused_gate import gate_updated_backward as gate_updated_backward
-from etude.kernels.fused_heads import rotate as rotate
-from etude.kernels.fused_heads import rotate_backward as rotate_backward
 from etude.kernels.fused_heads import rotate_heads as rotate_heads
 from etude.kernels.fused_heads import rotate_heads_backward as rotate_heads_backward
 from etude.kernels.fused_norm import ELEMENTS_PER_WARP as ELEMENTS_PER_WARP
-from etude.kernels.fused_norm import add_rms_norm as add_rms_norm
 from etude.kernels.fused_norm import rms_norm as rms_norm
 from etude.kernels.fused_norm import rms_norm_backward as rms_norm_backward
 

@@ -18,51 +18,7 @@ from etude.kernels.fused_norm import ELEMENTS_PER_WARP
 from etude.kernels.reference import HeadNorm, NormedHeads
 
 ROTATE_ELEMENTS = 4096
-"""Elements of one program of `rotate`: 32 heads of 128 by four warps, so that cos and sin are read once for them."""
-
-
-def rotate(
-    x_THd: Tensor,
-    cos_Td: Tensor,
-    sin_Td: Tensor,
-    out_THd: Tensor,
-    weight_d: Tensor | None = None,
-    offset: float = 0.0,
-    eps: float = 0.0,
-) -> Tensor | None:
-    """`reference.rotate`; `out` may be `x`."""
-    T, H, d = x_THd.shape
-    scale_TH = None if weight_d is None else torch.empty((T, H), dtype=torch.float32, device=x_THd.device)
-    strides = (*x_THd.stride()[:2], *out_THd.stride()[:2], cos_Td.stride(0), sin_Td.stride(0))
-    heads, half_block, num_warps = _head_shape(H, d)
-    _rotate[(T, triton.cdiv(H, heads))](
-        x_THd, cos_Td, sin_Td, out_THd, weight_d, scale_TH, *strides, offset, eps, H, d // 2, heads, half_block,
-        num_warps=num_warps,
-    )  # fmt: skip
-    return scale_TH
-
-
-def rotate_backward(
-    grad_THd: Tensor,
-    cos_Td: Tensor,
-    sin_Td: Tensor,
-    out_THd: Tensor,
-    x_THd: Tensor | None = None,
-    weight_d: Tensor | None = None,
-    offset: float = 0.0,
-    scale_TH: Tensor | None = None,
-) -> None:
-    """`reference.rotate_backward`; `out` may be `grad`."""
-    T, H, d = grad_THd.shape
-    if x_THd is None or weight_d is None or scale_TH is None:
-        x_THd = weight_d = scale_TH = None
-    x_strides = (0, 0) if x_THd is None else x_THd.stride()[:2]
-    strides = (*grad_THd.stride()[:2], *x_strides, *out_THd.stride()[:2], cos_Td.stride(0), sin_Td.stride(0))
-    heads, half_block, num_warps = _head_shape(H, d)
-    _rotate_backward[(T, triton.cdiv(H, heads))](
-        grad_THd, cos_Td, sin_Td, out_THd, x_THd, weight_d, scale_TH, *strides, offset, H, d // 2, heads, half_block,
-        num_warps=num_warps,
-    )  # fmt: skip
+"""Elements of one program of `rotate_heads`: 32 heads of 128 by four warps, so that cos and sin are read once for them."""
 
 
 def rotate_heads(
@@ -132,33 +88,6 @@ def _head_shape(H: int, d: int) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _rotate(
-    x: tl.tensor,
-    cos: tl.tensor,
-    sin: tl.tensor,
-    out: tl.tensor,
-    weight: tl.tensor,
-    scale: tl.tensor,
-    x_stride: int,
-    x_head_stride: int,
-    out_stride: int,
-    out_head_stride: int,
-    cos_stride: int,
-    sin_stride: int,
-    offset: float,
-    eps: float,
-    H: tl.constexpr,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
-) -> None:
-    _rotate_block(
-        tl.program_id(0).to(tl.int64), tl.program_id(1), x, cos, sin, out, weight, scale, x_stride, x_head_stride,
-        out_stride, out_head_stride, cos_stride, sin_stride, offset, eps, H, HALF, HEADS, HALF_BLOCK,
-    )  # fmt: skip
-
-
-@triton.jit
 def _rotate_heads(
     qkv: tl.tensor,
     cos: tl.tensor,
@@ -195,17 +124,17 @@ def _rotate_heads(
     d: tl.constexpr = 2 * HALF
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if block < QUERY_BLOCKS:
-        _rotate_block(
+        _rotate(
             token, block, qkv, cos, sin, query, query_weight, query_scale, qkv_stride, d, query_stride,
             query_head_stride, cos_stride, sin_stride, query_offset, query_eps, H, HALF, QUERY_HEADS, HALF_BLOCK,
         )  # fmt: skip
     elif block < QUERY_BLOCKS + KEY_BLOCKS:
-        _rotate_block(
+        _rotate(
             token, block - QUERY_BLOCKS, qkv + H * d, cos, sin, key, key_weight, key_scale, qkv_stride, d, key_stride,
             key_head_stride, cos_stride, sin_stride, key_offset, key_eps, K, HALF, KEY_HEADS, HALF_BLOCK,
         )  # fmt: skip
     else:
-        _copy_block(
+        _copy(
             token, block - QUERY_BLOCKS - KEY_BLOCKS, qkv + (H + K) * d, value, qkv_stride, d, value_stride,
             value_head_stride, K, HALF, KEY_HEADS, HALF_BLOCK,
         )  # fmt: skip
@@ -252,26 +181,26 @@ def _rotate_heads_backward(
     d: tl.constexpr = 2 * HALF
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if block < QUERY_BLOCKS:
-        _rotate_block_backward(
+        _rotate_backward(
             token, block, query_grad, cos, sin, out, query, query_weight, query_scale, query_grad_stride,
             query_grad_head_stride, query_stride, query_head_stride, out_stride, d, cos_stride, sin_stride,
             query_offset, H, HALF, QUERY_HEADS, HALF_BLOCK,
         )  # fmt: skip
     elif block < QUERY_BLOCKS + KEY_BLOCKS:
-        _rotate_block_backward(
+        _rotate_backward(
             token, block - QUERY_BLOCKS, key_grad, cos, sin, out + H * d, key, key_weight, key_scale, key_grad_stride,
             key_grad_head_stride, key_stride, key_head_stride, out_stride, d, cos_stride, sin_stride, key_offset, K,
             HALF, KEY_HEADS, HALF_BLOCK,
         )  # fmt: skip
     else:
-        _copy_block(
+        _copy(
             token, block - QUERY_BLOCKS - KEY_BLOCKS, value_grad, out + (H + K) * d, value_grad_stride,
             value_grad_head_stride, out_stride, d, K, HALF, KEY_HEADS, HALF_BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
-def _rotate_block(
+def _rotate(
     token: tl.tensor,
     block: tl.tensor,
     x: tl.tensor,
@@ -320,36 +249,6 @@ def _rotate_block(
 
 @triton.jit
 def _rotate_backward(
-    grad: tl.tensor,
-    cos: tl.tensor,
-    sin: tl.tensor,
-    out: tl.tensor,
-    x: tl.tensor,
-    weight: tl.tensor,
-    scale: tl.tensor,
-    grad_stride: int,
-    grad_head_stride: int,
-    x_stride: int,
-    x_head_stride: int,
-    out_stride: int,
-    out_head_stride: int,
-    cos_stride: int,
-    sin_stride: int,
-    offset: float,
-    H: tl.constexpr,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
-) -> None:
-    _rotate_block_backward(
-        tl.program_id(0).to(tl.int64), tl.program_id(1), grad, cos, sin, out, x, weight, scale, grad_stride,
-        grad_head_stride, x_stride, x_head_stride, out_stride, out_head_stride, cos_stride, sin_stride, offset, H, HALF,
-        HEADS, HALF_BLOCK,
-    )  # fmt: skip
-
-
-@triton.jit
-def _rotate_block_backward(
     token: tl.tensor,
     block: tl.tensor,
     grad: tl.tensor,
@@ -403,7 +302,7 @@ def _rotate_block_backward(
 
 
 @triton.jit
-def _copy_block(
+def _copy(
     token: tl.tensor,
     block: tl.tensor,
     source: tl.tensor,

@@ -1,4 +1,4 @@
-"""RMS norms as Triton kernels: alone, after a residual sum, and their gradient with the LoRA update before it inside.
+"""RMS norms as Triton kernels: alone or added to a residual, and their gradient with the LoRA update before it inside.
 
 One program holds a row in registers: a row is read once and written once. The gradient that an adapter adds to before it
 reaches the norm, grad + dU A, is made where it is read: there a program has several rows, so that A comes out of the cache
@@ -42,20 +42,6 @@ def rms_norm(
     strides = (h_TD.stride(0), residual_stride, out_TD.stride(0))
     block, num_warps = _row_shape(D)
     _rms_norm[(T,)](h_TD, weight_D, residual_TD, out_TD, scale_T, *strides, offset, eps, D, block, num_warps=num_warps)
-    return scale_T
-
-
-def add_rms_norm(
-    h_TD: Tensor, product_TD: Tensor, weight_D: Tensor, offset: float, eps: float, sum_TD: Tensor, out_TD: Tensor
-) -> Tensor:
-    """`reference.add_rms_norm`; `sum` may be `h` or `product`."""
-    T, D = h_TD.shape
-    scale_T = torch.empty(T, dtype=torch.float32, device=h_TD.device)
-    strides = (h_TD.stride(0), product_TD.stride(0), sum_TD.stride(0), out_TD.stride(0))
-    block, num_warps = _row_shape(D)
-    _add_rms_norm[(T,)](
-        h_TD, product_TD, weight_D, sum_TD, out_TD, scale_T, *strides, offset, eps, D, block, num_warps=num_warps
-    )
     return scale_T
 
 
@@ -129,37 +115,6 @@ def _rms_norm(
     if residual is not None:
         result = around + result
     tl.store(out + row * out_stride + columns, result.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _add_rms_norm(
-    h: tl.tensor,
-    product: tl.tensor,
-    weight: tl.tensor,
-    total: tl.tensor,
-    out: tl.tensor,
-    scale: tl.tensor,
-    h_stride: int,
-    product_stride: int,
-    total_stride: int,
-    out_stride: int,
-    offset: float,
-    eps: float,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < D
-    wide = tl.load(h + row * h_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    wide += tl.load(product + row * product_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    factor = offset + tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    rounded = wide.to(total.dtype.element_ty)
-    tl.store(total + row * total_stride + columns, rounded, mask=inside)
-    wide = rounded.to(tl.float32)  # what the backward pass will find
-    row_scale = tl.rsqrt(tl.sum(wide * wide) / D + eps)
-    tl.store(scale + row, row_scale)
-    tl.store(out + row * out_stride + columns, (wide * row_scale * factor).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

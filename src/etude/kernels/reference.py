@@ -31,17 +31,6 @@ def rms_norm(
     return scale_T
 
 
-def add_rms_norm(
-    h_TD: Tensor, product_TD: Tensor, weight_D: Tensor, offset: float, eps: float, sum_TD: Tensor, out_TD: Tensor
-) -> Tensor:
-    """sum = h + product, rounded, and out = the RMS norm of what was rounded; returns its scales s (T), float32.
-
-    `sum` may be `h` or `product`.
-    """
-    sum_TD.copy_(_wide(h_TD) + _wide(product_TD))
-    return rms_norm(sum_TD, weight_D, offset, eps, out_TD)
-
-
 def rms_norm_backward(
     grad_TD: Tensor,
     h_TD: Tensor,
