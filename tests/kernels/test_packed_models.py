@@ -238,6 +238,16 @@ def test_packing_before_the_copy_to_the_device_is_the_same() -> None:
     assert path.loss(model, packed.to("cpu"), torch.tensor(9)).item() == path.loss(model, batch, 9).item()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])
+def test_a_mask_of_any_type_says_which_tokens_are_real(dtype: torch.dtype) -> None:
+    batch = Padded()(ragged_rows())
+    ours, theirs = pack({**batch, "attention_mask": batch["attention_mask"].to(dtype)}), pack(batch)
+    assert ours is not None and theirs is not None and ours.lengths == theirs.lengths
+    for name, value in vars(theirs).items():
+        if isinstance(value, Tensor):
+            assert torch.equal(getattr(ours, name), value), name
+
+
 def test_a_first_token_predicted_from_padding_keeps_its_padded_loss() -> None:
     model = adapted("llama")
     path = chosen(model, Padded(side="right")(ragged_rows()))

@@ -91,7 +91,9 @@ def pack(inputs: dict[str, Tensor]) -> PackedBatch | None:
     """
     # Not torch: these few elements would be shared out among all its threads, which a container with fewer cores than
     # the machine has makes wait for each other, for longer than a step of a small model takes.
-    columns = {key: inputs[key].cpu().numpy() for key in PACKED_COLUMNS if key in inputs}
+    mask = inputs["attention_mask"]
+    given = {**inputs, "attention_mask": mask != 0 if mask.is_floating_point() else mask}  # numpy has no bfloat16
+    columns = {key: given[key].numpy(force=True) for key in PACKED_COLUMNS if key in given}
     is_real = columns["attention_mask"] != 0
     next_label = np.full_like(columns["labels"], IGNORED_LABEL)
     next_label[:, :-1] = columns["labels"][:, 1:]
