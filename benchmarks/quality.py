@@ -152,7 +152,10 @@ def train_with_transformers(
         set_seed,
     )
 
-    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    from etude import precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    has_bfloat16 = precision.multiplies_bfloat16(device)  # as `etude train` decides
     settings: dict[str, Any] = {
         "per_device_train_batch_size": BATCH_SIZE,
         "num_train_epochs": epochs,
