@@ -33,7 +33,10 @@ EXCEPTIONS: set[tuple[str, str]] = {
 
 # (file, package): files that are themselves imported only where the package is there.
 OPTIONAL_FILES: set[tuple[str, str]] = {
-    ("kernels/fused.py", "triton"),  # torch for CUDA comes with it, and nothing else imports the file
+    ("kernels/attention_operator.py", "triton"),  # torch for CUDA comes with it, and nothing else imports the file
+    ("kernels/fused.py", "triton"),
+    ("kernels/fused_attention.py", "triton"),
+    ("kernels/fused_attention_backward.py", "triton"),
     ("kernels/fused_cross_entropy.py", "triton"),
     ("kernels/fused_fp8.py", "triton"),
     ("kernels/fused_gate.py", "triton"),

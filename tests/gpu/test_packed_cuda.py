@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from etude.kernels.attention import FLEX, PER_SEQUENCE, VARLEN, AttentionRule, Segments, segment_attention
+from etude.kernels.attention import FLEX, FUSED, PER_SEQUENCE, VARLEN, AttentionRule, Segments, segment_attention
 from etude.kernels.cross_entropy import linear_cross_entropy
 from etude.model.graphs import fill_slots, slots_of
 from etude.model.packing import PackedBatch, pack
@@ -38,10 +38,10 @@ def tiny_gemma2() -> Gemma2ForCausalLM:
 
 
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
-    "llama": (lambda: tiny_llama(**WIDE), VARLEN),
-    "qwen3": (lambda: tiny_qwen3(**WIDE), VARLEN),
-    "gemma3, window 4": (lambda: tiny_gemma3(**WIDE | {"num_hidden_layers": 2}), VARLEN),
-    "gemma2, soft caps": (tiny_gemma2, FLEX),
+    "llama": (lambda: tiny_llama(**WIDE), FUSED),
+    "qwen3": (lambda: tiny_qwen3(**WIDE), FUSED),
+    "gemma3, window 4": (lambda: tiny_gemma3(**WIDE | {"num_hidden_layers": 2}), FUSED),
+    "gemma2, soft caps": (tiny_gemma2, FUSED),
 }
 
 
@@ -110,7 +110,7 @@ def test_bfloat16_is_as_close_to_float32_as_the_padded_model(name: str, autocast
 
 def half_path(model: nn.Module, batch: Batch) -> PackedPath:
     path = choose_path(model, fast_path=True, overridden=(), sample_inputs=batch, training_dtype=torch.bfloat16)
-    assert isinstance(path, PackedPath) and path.kernel == VARLEN, path.reasons
+    assert isinstance(path, PackedPath) and path.kernel == FUSED, path.reasons
     assert path.plan.blocks, path.reasons
     return path
 
@@ -233,11 +233,12 @@ def test_the_head_in_half_precision() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
-def test_a_packed_step_does_not_wait_for_the_device() -> None:
+@pytest.mark.parametrize("kernel", [FUSED, VARLEN])
+def test_a_packed_step_does_not_wait_for_the_device(kernel: str) -> None:
     """Packed before the copy, nothing in forward and backward reads a value back to the host."""
     model = adapted("llama").bfloat16()
     on_host = {name: value.cpu() for name, value in cuda_batch().items()}
-    path = PackedPath(model, kernel=VARLEN, head="chunked")
+    path = PackedPath(model, kernel=kernel, head="chunked")
     packed = pack(on_host)
     assert packed is not None
     batch = packed.to("cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,17 @@ import torch
 from torch import Tensor
 
 from etude.errors import ModelError
-from etude.kernels.attention import FLEX, PER_SEQUENCE, VARLEN, AttentionRule, Segments, kernels_for, segment_attention
+from etude.kernels.attention import (
+    FLEX,
+    FUSED,
+    PER_SEQUENCE,
+    VARLEN,
+    AttentionRule,
+    Segments,
+    kernels_for,
+    segment_attention,
+)
+from interpreted import needs_triton, run_interpreted
 
 LENGTHS = (5, 1, 9, 3)
 H, K, D = 4, 2, 8
@@ -134,6 +145,8 @@ def test_mixed_types_meet_in_the_autocast_type() -> None:
 @pytest.mark.parametrize(
     ("kernel", "rule"),
     [
+        (FUSED, AttentionRule(dropout=0.1)),
+        (FUSED, AttentionRule(sinks=torch.zeros(H, requires_grad=True))),
         (VARLEN, AttentionRule(softcap=1.0)),
         (VARLEN, AttentionRule(dropout=0.1)),
         (VARLEN, AttentionRule(sinks=torch.zeros(H))),
@@ -149,4 +162,11 @@ def test_a_kernel_refuses_what_it_cannot_do(kernel: str, rule: Any) -> None:
 def test_kernels_worth_trying() -> None:
     assert kernels_for(torch.device("cpu"), torch.bfloat16) == (PER_SEQUENCE,)
     assert kernels_for(torch.device("cuda"), torch.float32) == (PER_SEQUENCE,)
-    assert kernels_for(torch.device("cuda"), torch.bfloat16)[0] == VARLEN
+    of_gpus = kernels_for(torch.device("cuda"), torch.bfloat16)
+    assert of_gpus[-3:] == (VARLEN, FLEX, PER_SEQUENCE) and set(of_gpus[:-3]) <= {FUSED}
+
+
+@needs_triton
+def test_our_own_kernel_in_the_interpreter() -> None:
+    assert kernels_for(torch.device("cuda"), torch.bfloat16)[0] == FUSED
+    run_interpreted(Path(__file__).with_name("interpreted_attention.py"))

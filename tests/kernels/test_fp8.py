@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +19,9 @@ from etude.model import paths
 from etude.model.capabilities import causal_model, decoder_of
 from etude.model.packing import pack
 from etude.model.paths import CHUNKED, PackedPath
+from interpreted import needs_triton, run_interpreted
 from short_run import short_trainer
 from tiny import Padded, language_rows, tiny_gemma3, tiny_llama, tiny_qwen3, with_lora
-
-INTERPRETED = Path(__file__).with_name("interpreted_fp8.py")
 
 # Weights as models are made with, not those of the other tests: wide ones saturate the attention, whose gradient then
 # multiplies every rounding.
@@ -43,7 +38,9 @@ def relative(ours: Tensor, exact: Tensor) -> float:
 
 
 def adapted(kind: str = "llama", **lora: Any) -> nn.Module:
-    model = with_lora(KINDS[kind](**WIDE).bfloat16(), task_type="CAUSAL_LM", **({"init_lora_weights": False} | lora))
+    biased = {"attention_bias": True, "mlp_bias": True} if "biases" in kind else {}
+    base = KINDS[kind.partition(",")[0]](**WIDE, **biased).bfloat16()
+    model = with_lora(base, task_type="CAUSAL_LM", **({"init_lora_weights": False} | lora))
     return model.train()
 
 
@@ -107,21 +104,25 @@ def test_the_adapter_is_not_rounded_to_eight_bits() -> None:
     assert relative(projection.backward(grad)[0], grad.double() @ update) < 5e-3
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@needs_triton
 def test_the_kernels_in_the_interpreter() -> None:
-    """One process for all: the variable that turns Triton into an interpreter has to be there before its first import."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(INTERPRETED)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=INTERPRETED.parents[2])
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    run_interpreted(Path(__file__).with_name("interpreted_fp8.py"))
 
 
 # -- layers and runs -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_is_that_in_bfloat16_to_its_declared_tolerance(kind: str) -> None:
-    model = adapted(kind)
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        *((kind, {}) for kind in KINDS),
+        *((kind, {"use_dora": True}) for kind in KINDS),
+        ("llama, all biases", {"use_dora": True}),
+        ("llama, all biases", {"lora_bias": True, "lora_dropout": 0.1}),
+    ],
+)
+def test_a_layer_is_that_in_bfloat16_to_its_declared_tolerance(kind: str, lora: dict[str, Any]) -> None:
+    model = adapted(kind, **lora).eval()
     decoder = decoder_of(causal_model(model))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     plan = plan_kernels(model, decoder, torch.bfloat16, base_precision=FP8)
@@ -195,6 +196,13 @@ def test_what_stands_in_the_way_is_said(settings: dict[str, Any], reason: str) -
     with pytest.raises(ConfigError, match=f"base_precision: .*{reason}"):
         trainer.train()
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_dora_that_drops_what_the_base_sees_is_refused() -> None:
+    found = block_of(
+        decoder_of(causal_model(adapted(use_dora=True, lora_dropout=0.1))).layers[0], torch.bfloat16, base_precision=FP8
+    )
+    assert found == "DoRA with dropout on a base in fp8"
 
 
 def test_sizes_that_the_hardware_cannot_multiply_are_refused() -> None:

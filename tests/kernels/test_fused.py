@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +11,7 @@ from torch.nn import functional
 
 from etude.kernels import reference
 from etude.kernels.reference import GELU_TANH, SILU
+from interpreted import needs_triton, run_interpreted
 
 INTERPRETED = Path(__file__).with_name("interpreted_fused.py")
 INTERPRETED_BLOCKS = Path(__file__).with_name("interpreted_blocks.py")
@@ -37,9 +34,6 @@ def plain_gate(gates: Tensor, up: Tensor, activation: str) -> Tensor:
     return (functional.silu(gates) if activation == SILU else functional.gelu(gates, approximate="tanh")) * up
 
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-
-
 @needs_triton
 def test_the_kernels_in_the_interpreter() -> None:
     run_interpreted(INTERPRETED)
@@ -49,14 +43,6 @@ def test_the_kernels_in_the_interpreter() -> None:
 @pytest.mark.nightly
 def test_whole_layers_in_the_interpreter() -> None:
     run_interpreted(INTERPRETED_BLOCKS)
-
-
-def run_interpreted(file: Path) -> None:
-    """One process for all: the variable that turns Triton into an interpreter has to be there before its first import."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(file)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=file.parents[2])
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

@@ -1,9 +1,11 @@
 """Causal attention inside the segments of one packed row, never between them.
 
-Samples lie one behind the other in a row of T tokens; `Segments` says where each begins. Three kernels compute the
+Samples lie one behind the other in a row of T tokens; `Segments` says where each begins. Four kernels compute the
 same thing:
 
-- "varlen": torch's variable-length flash attention. CUDA, half precision; no logit cap, attention sinks or dropout.
+- "fused": our own (`fused_attention`), for segments as short as those of training data are. CUDA, half precision; no
+  dropout, heads of at most 256.
+- "varlen": torch's variable-length flash attention, where Triton is not there. No logit cap, attention sinks or dropout.
 - "flex": torch's flex attention, compiled, for CUDA models that cap their attention logits.
 - "per_sequence": scaled dot-product attention, one call per segment. Everywhere, and exact for everything.
 
@@ -26,8 +28,18 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from etude.errors import ModelError
+from etude.kernels.cross_entropy import triton_is_there
 
-PER_SEQUENCE, VARLEN, FLEX = "per_sequence", "varlen", "flex"
+PER_SEQUENCE, FUSED, VARLEN, FLEX = "per_sequence", "fused", "varlen", "flex"
+
+FIXED_SHAPES = (FUSED, VARLEN)
+"""Kernels whose work is the same whatever lengths are in a row: what a CUDA graph can be captured of."""
+
+FUSED_SIZE_MAX = 256
+"""Head sizes up to which our own kernel's tiles fit the registers of a multiprocessor."""
+
+BATCHED_SIZE_MIN = 65
+"""Head size from which torch's kernel for a batch of even samples is faster than ours (an H100, d of 64 and 128)."""
 
 CPU_SCORES_MAX = 2**20
 """H * L * L up to which a CPU attends with two matrix products, which take half the time of its flash kernel (measured at
@@ -49,6 +61,8 @@ class Segments:
     """The length of all samples, where they are to be attended as a batch: its kernel is faster, and made for each shape."""
     block_masks: dict[int | None, Any] = field(default_factory=dict)
     """The block masks of flex attention by window, shared by the layers of one forward."""
+    tiles: Tensor | None = None
+    """How our own kernel cuts the row (`fused_attention.cut`)."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class AttentionRule:
 def kernels_for(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """Kernels worth trying, the fastest first."""
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        return VARLEN, FLEX, PER_SEQUENCE
+        return *((FUSED,) if triton_is_there() else ()), VARLEN, FLEX, PER_SEQUENCE
     return (PER_SEQUENCE,)
 
 
@@ -89,6 +103,36 @@ def as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
         return query, key, value
     dtype = torch.get_autocast_dtype(device_type)
     return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+# -- fused ------------------------------------------------------------------------------------------------------------
+
+
+def fused_segments(
+    cu_seqlens: Tensor, lengths: tuple[int, ...], num_tokens: int, max_length: int, **given: Any
+) -> Segments:
+    """Segments for our own kernel."""
+    from etude.kernels.fused_attention import cut
+
+    return Segments(cu_seqlens, lengths, max_length, FUSED, tiles=cut(cu_seqlens, num_tokens), **given)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: AttentionRule) -> Tensor:
+    size = query.shape[3]
+    if rule.dropout > 0.0 or size > FUSED_SIZE_MAX:
+        raise ModelError(f"fused attention is without dropout, and for heads of at most {FUSED_SIZE_MAX}")
+    if rule.sinks is not None and rule.sinks.requires_grad:
+        raise ModelError("fused attention is without a gradient for attention sinks")
+    window = rule.sliding_window if rule.sliding_window is not None and rule.sliding_window < segments.max_length else 0
+    is_plain = rule.softcap is None and rule.sinks is None and not window
+    if segments.equal_length is not None and is_plain and size >= BATCHED_SIZE_MIN:
+        return _batched(query, key, value, segments.equal_length, rule.scaling)
+    from etude.kernels.attention_operator import attend
+
+    scaling = 1.0 / math.sqrt(size) if rule.scaling is None else rule.scaling
+    inputs = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    attended_THd, _ = attend(*inputs, segments.tiles, rule.sinks, scaling, window, rule.softcap or 0.0)
+    return cast(Tensor, attended_THd)[None]
 
 
 # -- varlen -----------------------------------------------------------------------------------------------------------
@@ -316,4 +360,4 @@ def _repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:
 
 
 _Kernel = Callable[[Tensor, Tensor, Tensor, Segments, AttentionRule], Tensor]
-_KERNELS: dict[str, _Kernel] = {PER_SEQUENCE: _per_sequence, VARLEN: _varlen, FLEX: _flex}
+_KERNELS: dict[str, _Kernel] = {PER_SEQUENCE: _per_sequence, FUSED: _fused, VARLEN: _varlen, FLEX: _flex}

@@ -143,7 +143,7 @@ def _shape_logits(logits: Tensor, softcap: float | None, scale: float) -> Tensor
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
     """Losses of a chunk, (rows, 1), and the gradient of its raw logits; the memory of `logits` is used up."""
-    if logits.device.type == "cuda" and logits.dtype != torch.float64 and _triton_is_there():
+    if logits.device.type == "cuda" and logits.dtype != torch.float64 and triton_is_there():
         from etude.kernels import fused_cross_entropy
 
         return fused_cross_entropy.loss_and_gradient(logits, targets, softcap, scale), logits
@@ -161,7 +161,7 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, softcap: float | None, s
 
 
 @cache
-def _triton_is_there() -> bool:
+def triton_is_there() -> bool:
     """With torch for CUDA it comes on Linux only."""
     return importlib.util.find_spec("triton") is not None
 

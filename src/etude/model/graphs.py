@@ -104,8 +104,8 @@ def graph_obstacle(path: Any, device: torch.device, *, scales_loss: bool) -> str
     """Why a run is not computed by graphs; None where it can be."""
     if device.type != "cuda":
         return "graphs are for GPUs"
-    if path.name != "packed" or path.kernel != "varlen" or path.head != "chunked":
-        return "only the packed path with flash attention and the chunked head has fixed shapes"
+    if path.name != "packed" or not path.has_fixed_shapes:
+        return "only the packed path with attention for any lengths and the chunked head has fixed shapes"
     if scales_loss:
         return "float16 scales its loss by a factor that changes"
     return None
@@ -114,8 +114,9 @@ def graph_obstacle(path: Any, device: torch.device, *, scales_loss: bool) -> str
 class GraphedLoss:
     """Computes loss and gradients of packed micro-batches, by graph where their size has been seen before.
 
-    Batches of more than `most_tokens` keep the GPU busy long enough by themselves. `loss(batch)` is the summed loss of a batch on the device, with its autograd graph. The gradients must be tensors
-    that stay where they are (`p.grad` is added to, never replaced).
+    Batches of more than `most_tokens` keep the GPU busy long enough by themselves. `loss(batch)` is the summed loss of a batch
+    on the device, with its autograd graph. The gradients must be tensors that stay where they are (`p.grad` is added to,
+    never replaced).
     """
 
     def __init__(
@@ -177,7 +178,9 @@ class GraphedLoss:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # what the same size took without a graph is needed for the graph now
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
+        # Other threads may call the driver meanwhile: one that writes a checkpoint, or that pins memory for a loader.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode=mode):
             loss = self._run(inputs)
         self._pool = self._pool or graph.pool()
         return _Captured(inputs, graph, loss)

@@ -24,11 +24,13 @@ from transformers.masking_utils import sdpa_mask
 
 from etude.errors import ModelError
 from etude.kernels.attention import (
+    FUSED,
     PER_SEQUENCE,
     VARLEN,
     AttentionRule,
     Segments,
     as_autocast,
+    fused_segments,
     segment_attention,
     varlen_attention,
 )
@@ -75,7 +77,10 @@ class PackedBatch:
         # A power of two: what is compiled for it serves other batches too. Kernels take it as an upper bound.
         longest = self.longest or 1 << (max(self.lengths, default=1) - 1).bit_length()
         equal_length = self.lengths[0] if batched else None
-        return Segments(self.cu_seqlens, self.lengths, longest, kernel, windows_seen, equal_length)
+        given: dict[str, Any] = {"windows_seen": windows_seen, "equal_length": equal_length}
+        if kernel == FUSED:
+            return fused_segments(self.cu_seqlens, self.lengths, self.input_ids.numel(), longest, **given)
+        return Segments(self.cu_seqlens, self.lengths, longest, kernel, **given)
 
     @property
     def is_even(self) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from etude.errors import ConfigError, DataError, ModelError
-from etude.kernels.attention import VARLEN, Segments, kernels_for
+from etude.kernels.attention import FIXED_SHAPES, Segments, kernels_for
 from etude.kernels.cross_entropy import linear_cross_entropy, linear_logits
 from etude.kernels.fp8 import device_obstacle
 from etude.kernels.plan import KernelPlan, plan_kernels
@@ -72,6 +72,11 @@ class PackedPath:
             f"loss head: {heads[head]}" + (f" ({note})" if note else ""),
             *plan.explain(),
         )
+
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """Whether a micro-batch is the same work whatever lengths and labels are in its slots."""
+        return self.kernel in FIXED_SHAPES and self.head == CHUNKED
 
     def loss(self, model: nn.Module, inputs: dict[str, Tensor] | PackedBatch, num_items: int | Tensor) -> Tensor:
         """Cross entropy summed over the labelled tokens of a micro-batch / `num_items`, with its graph.
@@ -126,7 +131,7 @@ class PackedPath:
         """Samples of one length are attended as a batch once that shape has come before: its kernel is made only then."""
         batched = False
         if (
-            self.kernel == VARLEN
+            self.kernel in FIXED_SHAPES
             and self.plan.blocks
             and batch.is_even
             and not torch.are_deterministic_algorithms_enabled()

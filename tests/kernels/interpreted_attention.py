@@ -1,0 +1,64 @@
+"""Our own attention kernel in Triton's interpreter, on a CPU: run by `test_attention` in a process of its own, as
+TRITON_INTERPRET has to be set before anything imports Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from attention_checks import RULES, SHARED_HEADS, check_attention
+from etude.kernels.fused_attention import OWN, cut
+
+
+@pytest.fixture(autouse=True)
+def _loops_with_computed_bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter takes the bound of a loop for a number by `int(array)`, which numpy refuses for arrays of one."""
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    yield
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule(rule: str) -> None:
+    check_attention(RULES[rule], (5, 70, 1, 130), 4, 2, 16, torch.float32)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), SHARED_HEADS)
+@pytest.mark.parametrize("lengths", [(1,), (64, 128), (63, 65)])
+def test_lengths_and_heads(lengths: tuple[int, ...], num_heads: int, num_kv_heads: int) -> None:
+    check_attention(RULES["plain"], lengths, num_heads, num_kv_heads, 16, torch.float32)
+
+
+@pytest.mark.parametrize("size", [8, 24, 64, 80, 96, 128, 256])
+def test_sizes(size: int) -> None:
+    check_attention(RULES["capped"], (70, 3), 2, 1, size, torch.float32)
+
+
+def test_half_precision() -> None:
+    check_attention(RULES["window of 100, capped"], (70, 120), 2, 1, 16, torch.float16)
+
+
+def test_segments_of_nothing_are_left_out() -> None:
+    check_attention(RULES["plain"], (70, 3), 2, 1, 16, torch.float32, empty=3)
+
+
+@pytest.mark.parametrize("lengths", [(5, 70, 0, 1, 130, 64), (1,), (0, 0, 3), (640,), (64,) * 20])
+def test_the_last_tiles_of_long_segments_come_first(lengths: tuple[int, ...]) -> None:
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    found = cut(offsets, sum(lengths)).tolist()
+    tiles = [
+        [start, length, number]
+        for start, length in zip(offsets.tolist(), lengths, strict=False)
+        for number in range(-(-length // OWN))
+    ]
+    used = [row for row in found if row[1]]
+    assert used == sorted(tiles, key=lambda row: -row[2]) and found[: len(used)] == used
