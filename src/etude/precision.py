@@ -151,9 +151,14 @@ def use_number_settings(args: Any, until_the_end: ExitStack) -> None:
         matmul.allow_tf32 = args.tf32
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
-        cudnn = torch.backends.cudnn
+        cudnn, deterministic = torch.backends.cudnn, torch.utils.deterministic
         was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         until_the_end.callback(torch.use_deterministic_algorithms, was[0], warn_only=was[1])
         until_the_end.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
         cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=False)
+        # Every new tensor would be filled with NaN, a launch each; nothing here reads what it has not written.
+        until_the_end.callback(
+            setattr, deterministic, "fill_uninitialized_memory", deterministic.fill_uninitialized_memory
+        )
+        deterministic.fill_uninitialized_memory = False

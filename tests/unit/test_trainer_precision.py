@@ -69,23 +69,22 @@ def number_settings() -> list[Any]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         cudnn.benchmark,
         torch.backends.cuda.matmul.allow_tf32,
+        torch.utils.deterministic.fill_uninitialized_memory,
     ]
 
 
-@pytest.mark.parametrize("before", [(False, False, True, False), (True, True, False, True)])
-def test_settings_of_the_process_are_put_back(
-    before: tuple[bool, bool, bool, bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("before", [(False, False, True, False, True), (True, True, False, True, False)])
+def test_settings_of_the_process_are_put_back(before: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """After training and after an error alike; while it goes on, those that were asked for hold."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     own = number_settings()
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul, cudnn, deterministic = torch.backends.cuda.matmul, torch.backends.cudnn, torch.utils.deterministic
     try:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        cudnn.benchmark, matmul.allow_tf32 = before[2], before[3]
+        cudnn.benchmark, matmul.allow_tf32, deterministic.fill_uninitialized_memory = before[2:]
         with ExitStack() as until_the_end:
             use_number_settings(SimpleNamespace(tf32=not before[3], deterministic=True), until_the_end)
-            assert number_settings() == [True, False, False, not before[3]]
+            assert number_settings() == [True, False, False, not before[3], False]
         assert number_settings() == list(before)
         with pytest.raises(ZeroDivisionError), ExitStack() as until_the_end:
             use_number_settings(SimpleNamespace(tf32=None, deterministic=True), until_the_end)
@@ -96,7 +95,7 @@ def test_settings_of_the_process_are_put_back(
             assert number_settings() == list(before)
     finally:
         torch.use_deterministic_algorithms(own[0], warn_only=own[1])
-        cudnn.benchmark, matmul.allow_tf32 = own[2], own[3]
+        cudnn.benchmark, matmul.allow_tf32, deterministic.fill_uninitialized_memory = own[2:]
 
 
 class Settings(TrainerCallback):
