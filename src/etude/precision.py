@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -151,7 +151,7 @@ def use_number_settings(args: Any, until_the_end: ExitStack) -> None:
         matmul.allow_tf32 = args.tf32
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
-        cudnn, deterministic = torch.backends.cudnn, torch.utils.deterministic
+        cudnn, deterministic = torch.backends.cudnn, cast(Any, torch.utils.deterministic)  # its type knows no settings
         was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         until_the_end.callback(torch.use_deterministic_algorithms, was[0], warn_only=was[1])
         until_the_end.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
