@@ -76,6 +76,7 @@ def written_later(
     )
 
     def fill(folder: Path) -> list[str]:
+        copies.arrive()
         adapter.save_weights(model, folder, gathered["weights"], gathered["extra"])
         codec.save_files(folder, files)
         write_arguments(folder, gathered["arguments"])
@@ -91,12 +92,13 @@ def written_later(
 
 
 def optimizer_of(trainer: Composition, names: dict[torch.Tensor, str]) -> dict[str, Any]:
+    state = trainer.optimizer.state_dict()
     contents = {
-        "tree": codec.optimizer_tree(trainer.optimizer, names),
+        "tree": codec.optimizer_tree(trainer.optimizer, state, names),
         "max_tensors": codec.max_optimizer_tensors(names),
         "schedule": trainer.lr_scheduler.state_dict(),
     }
-    return contents | ({"state": trainer.optimizer.state_dict()} if trainer.args.hf_checkpoint_files else {})
+    return contents | ({"state": state} if trainer.args.hf_checkpoint_files else {})
 
 
 def write_optimizer(folder: Path, contents: dict[str, Any]) -> None:

@@ -15,9 +15,9 @@ from etude.checkpoint.copies import Copies
 from etude.checkpoint.writer import Done, InBackground, InPlace, Save
 from etude.contents import Fill, ProcessorFiles, processor_of, written_later, written_now
 from etude.errors import CheckpointError, NonFiniteError
-from etude.estimates import checkpoint_bytes
+from etude.estimates import checkpoint_bytes, optimizer_state_bytes
 from etude.hooks.base import is_overridden
-from etude.model.adapter import SavedTensors, parameter_names, saved_tensors
+from etude.model.adapter import SavedTensors, TrainedNames, saved_tensors
 from etude.observe.amounts import of_bytes
 from etude.observe.machine import free_memory_bytes
 from etude.observe.trackers import uploads_checkpoints
@@ -53,6 +53,7 @@ class Saves:
         self.why_in_place = _why_in_place(trainer, self._tensors)
         self.stalls_in_seconds: list[float] = []
         """How long training stood still for each save that it did not wait for."""
+        self._names = TrainedNames()
         self._copies = Copies()
         self._processor = ProcessorFiles(processor_of(trainer))
         self._is_attended = True
@@ -65,6 +66,9 @@ class Saves:
             except CheckpointError as error:
                 self.why_in_place = str(error)
         self.writer: InPlace | InBackground = InBackground() if self.why_in_place is None else InPlace()
+        if self.writer.needs_copies and self._tensors is not None:  # what takes long only the first time
+            self._copies.reserve(_sizes_on_gpu(trainer, self._tensors))
+            self._names.of(trainer.model)
 
     @contextmanager
     def beside_training(self, *, allowed: bool) -> Iterator[None]:
@@ -90,7 +94,7 @@ class Saves:
         """
         trainer, run = self.trainer, self.run
         state, args = trainer.state, trainer.args
-        names = parameter_names(trainer.model)
+        names = self._names.of(trainer.model)
         if args.on_nonfinite == "stop":
             _require_finite_weights(trainer, names)
         self.settle()
@@ -138,6 +142,7 @@ class Saves:
             CheckpointError: it was the final save, or those before it failed as well.
         """
         self.run.events.saved_at = None
+        self._copies.arrive()  # whoever failed to write them may not have waited for them
         if self._best_before is not None:
             (self.trainer.state.best_model_checkpoint,), self._best_before = self._best_before, None
         self._attempts.failed(error, is_final=is_final, say=self.trainer.notices.say)
@@ -167,6 +172,16 @@ class Saves:
         except Exception as error:  # why training ended matters more
             self.trainer.notices.say(f"checkpoint not written: {error}")
         self._copies = Copies()
+
+
+def _sizes_on_gpu(trainer: Trainer, tensors: SavedTensors) -> list[int]:
+    """The bytes of each tensor on a GPU that a checkpoint will hold, as far as it is known before the first step."""
+    weights = {*tensors.in_adapters.values(), *tensors.beside.values()}
+    sizes = [weight.nbytes for weight in weights if weight.is_cuda]
+    if not trainer.args.save_only_model:
+        per_number = optimizer_state_bytes(str(trainer.args.optim))
+        sizes += [per_number * each.numel() for each in tensors.trained if each.is_cuda]
+    return sizes
 
 
 def _step_named(checkpoint: str | None) -> int | None:
@@ -225,7 +240,8 @@ def _are_surely_finite(parameters: Iterable[torch.Tensor]) -> bool:
     for parameter in parameters:
         alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
     sums = [torch._foreach_norm(each, 1) if each[0].is_cuda else [p.sum() for p in each] for each in alike.values()]
-    return all(bool(torch.stack([*each]).isfinite().all()) for each in sums)
+    answers = [torch.stack([*each]).isfinite().all() for each in sums]  # all are on their way before one is waited for
+    return all(bool(answer) for answer in answers)
 
 
 class SaveAttempts:

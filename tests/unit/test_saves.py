@@ -17,8 +17,8 @@ from transformers import TrainerCallback as TheirCallback
 
 from etude import Trainer, TrainerCallback, TrainerState, contents
 from etude.callbacks import CallbackHandler, DefaultFlowCallback
-from etude.checkpoint import CheckpointStore
-from etude.checkpoint.copies import Copies, on_host
+from etude.checkpoint import CheckpointStore, pages
+from etude.checkpoint.copies import Copies
 from etude.checkpoint.writer import InBackground, InPlace, Save
 from etude.errors import CheckpointError
 from etude.model import adapter
@@ -131,6 +131,64 @@ def test_steps_after_it_do_not_change_what_is_written(monkeypatch: pytest.Monkey
     assert gate.threads == {"etude-checkpoint"}
     short_trainer(output_dir="in-place", save_in_background=False, **SAVING).train()
     assert contents_of("held-up") == contents_of("in-place")
+
+
+class Afterwards:
+    """Carries what is copied as a GPU does, while training goes on: here as late as when it is waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waited_in: list[str] = []
+        monkeypatch.setattr("etude.saves.Copies", lambda: Copies("cpu"))
+        monkeypatch.setattr(pages._AtOnce, "carry", lambda carrier, *pieces: lambda: self.wait(*pieces))
+
+    def wait(self, snapshots: list[torch.Tensor], memory: list[torch.Tensor]) -> None:
+        for snapshot, target in zip(snapshots, memory, strict=True):
+            target.copy_(snapshot)
+        self.waited_in.append(threading.current_thread().name)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_same_bytes_where_they_are_copied_while_training_goes_on(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is written after the next step has been made, by a thread that waits for the copies first."""
+    settings: dict[str, Any] = SAVING | {"save_steps": 1}
+    short_trainer(MODELS[kind](), output_dir="in-place", save_in_background=False, **settings).train()
+    afterwards, make = Afterwards(monkeypatch), InBackground._make
+    ended = {step: threading.Event() for step in range(2, 7)}
+
+    def make_later(writer: InBackground, save: Save) -> None:
+        assert save.step == 6 or ended[save.step + 1].wait(30)  # the last one is waited for
+        make(writer, save)
+
+    monkeypatch.setattr(InBackground, "_make", make_later)
+    callback = At(**{f"step_{step}": event.set for step, event in ended.items()})
+    short_trainer(MODELS[kind](), output_dir="afterwards", callbacks=[callback], **settings).train()
+    assert checkpoints("afterwards") == list(range(1, 7))
+    assert contents_of("afterwards") == contents_of("in-place")
+    assert afterwards.waited_in == ["etude-checkpoint"] * 6
+
+
+def test_a_save_that_never_waits_for_its_copies_gives_their_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    Afterwards(monkeypatch)
+    begin, go_on, under_way = CheckpointStore.begin, threading.Event(), []
+
+    def begin_or_fail(store: CheckpointStore, step: int) -> Any:
+        if step == 2:
+            assert go_on.wait(30)
+            raise CheckpointError("no such disk", path=store.root)
+        return begin(store, step)
+
+    monkeypatch.setattr(CheckpointStore, "begin", begin_or_fail)
+
+    def look() -> None:
+        under_way.append(len(trainer._run.saves._copies._pages._under_way))
+        go_on.set()
+        trainer._run.saves.writer.wait()
+
+    trainer = short_trainer(callbacks=[At(step_3=look, step_4=look)], **SAVING)
+    trainer.train()
+    assert under_way == [1, 0] and checkpoints() == [4, 6]
 
 
 def test_a_tokenizer_that_changes_is_written_as_it_is_then() -> None:
@@ -530,34 +588,7 @@ def test_parameters_that_are_trained_later_are_saved() -> None:
     assert list(adapter.read_tensors(Path("out/checkpoint-4", adapter.EXTRA_WEIGHTS_FILE))) == [norm]
 
 
-# Copies
-
-
-def test_copies_are_equal_and_their_own() -> None:
-    shared, betas = torch.arange(6.0).reshape(2, 3), (0.9, 0.999)
-    tree = {"a": [shared, shared.t()], "b": {"again": shared, "plain": (1, "x", None)}, "groups": [betas, betas]}
-    copied = Copies().take(tree)
-    assert copied["a"][0] is copied["b"]["again"] and copied["a"][0] is not shared
-    assert copied["groups"][0] is copied["groups"][1] is betas
-    assert copied["a"][1].stride() == shared.t().stride()
-    before = shared.clone()
-    shared.add_(1)
-    assert torch.equal(copied["a"][0], before) and torch.equal(copied["a"][1], before.t())
-
-
-def test_memory_is_used_again() -> None:
-    copies, tensors = Copies(), [torch.zeros(4), torch.zeros(4), torch.zeros(2, dtype=torch.bfloat16)]
-    first = [tensor.data_ptr() for tensor in copies.take(tensors)]
-    tensors[1].fill_(5)
-    second = copies.take(tensors)
-    assert [tensor.data_ptr() for tensor in second] == first and second[1].tolist() == [5.0] * 4
-    third = copies.take(tensors[:1])
-    assert third[0].data_ptr() == first[0]
-
-
-def test_what_is_on_the_host_stays_the_same_object() -> None:
-    tree = {"state": [torch.zeros(2)], "betas": (0.9, 0.999)}
-    assert on_host(tree)["state"][0] is tree["state"][0] and on_host(tree)["betas"] is tree["betas"]
+# What it costs
 
 
 def test_the_stall_is_in_the_metrics() -> None:

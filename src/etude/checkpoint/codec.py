@@ -153,9 +153,10 @@ def _hashable(key: Any) -> Any:
     return tuple(key) if isinstance(key, list) else key
 
 
-def optimizer_tree(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, Any]:
+def optimizer_tree(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], names: dict[torch.Tensor, str]
+) -> dict[str, Any]:
     """An optimizer's state with parameters called by name, so that a changed parameter list is seen, not shuffled."""
-    state_dict = optimizer.state_dict()
     name_of = dict(_numbered_names(optimizer, names))
     groups = [
         {**{key: value for key, value in group.items() if key not in ("params", "param_names")}, "params": params}

@@ -1,84 +1,117 @@
 """Copies of what a checkpoint will hold, which the steps that follow do not change.
 
-The memory of tensors is used again from one checkpoint to the next. Copies of what lies on a GPU are page-locked, so that
-they are made at the full speed of the bus. They are waited for where they are taken: a thread that called the driver could
-break a CUDA graph that is being captured meanwhile.
+The memory of tensors is used again from one checkpoint to the next. Tensors of a GPU are copied while training goes on, so
+whoever reads the copies waits for their arrival first. That thread may call the driver then while a CUDA graph is captured
+in another, which has to be captured in a mode that allows it (`capture_error_mode="thread_local"`).
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 
+from etude.checkpoint.pages import PAGE_BYTES, Pages, empty_copy
+
+PLAIN = frozenset({type(None), bool, int, float, str})
+
+
+class _CopiedTree(NamedTuple):
+    """A tree with other tensors in it, to which those of the original are still to be copied."""
+
+    tree: Any
+    gathered: list[torch.Tensor]
+    """Of the original, for the pages. They stand in the tree themselves where they have no place in the pages yet."""
+    alone: list[torch.Tensor]
+    """The others, also of the original."""
+    buffers_of_alone: list[torch.Tensor]
+
 
 class Copies:
-    """Copies trees of dicts, lists, tuples, plain values and tensors into memory of its own."""
+    """Copies trees of dicts, lists, tuples, plain values and tensors into memory of its own.
 
-    def __init__(self) -> None:
+    Tensors of the devices of one type are gathered in pages; others are copied one by one.
+    """
+
+    def __init__(self, device_type: str = "cuda") -> None:
+        self._is_gathered: Callable[[torch.Tensor], bool] = operator.attrgetter(f"is_{device_type}")
+        self._pages = Pages(pinned=device_type == "cuda")
         self._free: dict[tuple[Any, ...], list[torch.Tensor]] = defaultdict(list)
         self._in_use: dict[tuple[Any, ...], list[torch.Tensor]] = defaultdict(list)
 
+    def reserve(self, sizes: Iterable[int]) -> None:
+        """Take the memory ahead for tensors of a GPU with so many bytes each, other than those larger than a page."""
+        self._pages.reserve(sum(size for size in sizes if size <= PAGE_BYTES))
+
     @torch.no_grad()
     def take(self, tree: Any) -> Any:
-        """A copy of `tree`. The copy taken before is given up: its memory is used again.
+        """A copy of `tree`, whose tensors are there after `arrive`. The copy taken before is given up: its memory is used
+        again.
 
         What is one object in several places of the tree is one object in the copy as well.
         """
+        copied = self._copied_tree(tree)
+        if not self._pages.fit(copied.gathered):
+            copied = self._copied_tree(tree)
+        self._pages.begin(copied.gathered)
+        if copied.alone:
+            torch._foreach_copy_(copied.buffers_of_alone, copied.alone)
+        self._free.clear()  # of what is not there any more
+        return copied.tree
+
+    def arrive(self) -> None:
+        """Wait until the tensors of the copy taken last are there, in whichever thread."""
+        self._pages.arrive()
+
+    def _copied_tree(self, tree: Any) -> _CopiedTree:
         for shape, buffers in self._in_use.items():
             self._free[shape] += reversed(buffers)
         self._in_use.clear()
-        tensors: list[torch.Tensor] = []
+        gathered: list[torch.Tensor] = []
+        alone: list[torch.Tensor] = []
+        buffers_of_alone: list[torch.Tensor] = []
         memo: dict[int, Any] = {}
-        result = self._copied(tree, memo, tensors)
-        self._fill(tensors, [memo[id(tensor)] for tensor in tensors])
-        self._free.clear()  # of what is not there any more
-        return result
+        hosts, is_gathered = iter(self._pages.hosts), self._is_gathered
 
-    def _copied(self, value: Any, memo: dict[int, Any], tensors: list[torch.Tensor]) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        if id(value) in memo:
-            return memo[id(value)]
-        kind: Any = type(value)
-        if kind in (torch.Tensor, torch.nn.Parameter) and not vars(value):
-            result: Any = self._buffer(value)
-            tensors.append(value)
-        elif kind is dict:
-            result = {key: self._copied(item, memo, tensors) for key, item in value.items()}
-        elif kind is list:
-            result = [self._copied(item, memo, tensors) for item in value]
-        elif kind is tuple:
-            result = tuple([self._copied(item, memo, tensors) for item in value])
-            if all(new is old for new, old in zip(result, value, strict=True)):
+        def copied(value: Any) -> Any:
+            if id(value) in memo:
+                return memo[id(value)]
+            kind: Any = type(value)
+            result: Any
+            if (kind is torch.Tensor or kind is torch.nn.Parameter) and not vars(value):
+                if is_gathered(value):
+                    gathered.append(value)
+                    result = next(hosts, value)
+                else:
+                    alone.append(value)
+                    buffers_of_alone.append(result := self._buffer(value))
+            elif kind is dict:  # a call for each plain value would take as long as all the rest
+                result = {key: item if type(item) in PLAIN else copied(item) for key, item in value.items()}
+            elif kind is list:
+                result = [item if type(item) in PLAIN else copied(item) for item in value]
+            elif kind is tuple:
+                result = tuple([item if type(item) in PLAIN else copied(item) for item in value])
+                if all(map(operator.is_, result, value)):
+                    result = value
+            elif value is None or isinstance(value, (bool, int, float, str)):
                 result = value
-        else:  # whatever else an optimizer or a callback keeps
-            result = copy.deepcopy(value, memo)
-        memo[id(value)] = result
-        return result
+            else:  # whatever else an optimizer or a callback keeps
+                result = copy.deepcopy(value, memo)
+            memo[id(value)] = result
+            return result
+
+        return _CopiedTree(copied(tree), gathered, alone, buffers_of_alone)
 
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
-        shape = (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_cuda)
+        shape = (tensor.shape, tensor.stride(), tensor.dtype)
         free = self._free[shape]
-        buffer = free.pop() if free else _like(tensor)
+        buffer = free.pop() if free else empty_copy(tensor, pinned=False)
         self._in_use[shape].append(buffer)
         return buffer
-
-    def _fill(self, tensors: list[torch.Tensor], buffers: list[torch.Tensor]) -> None:
-        if not tensors:
-            return
-        torch._foreach_copy_(buffers, [tensor.detach() for tensor in tensors], non_blocking=True)
-        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """Memory for a copy, in the same order as far as it has no gaps."""
-    return torch.empty_like(
-        tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False, memory_format=torch.preserve_format
-    )
 
 
 def on_host(tree: Any) -> Any:

@@ -47,6 +47,55 @@ def parameter_names(model: nn.Module) -> dict[torch.Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+class TrainedNames:
+    """The names of the trainable parameters, put together anew only where the model is not what it was.
+
+    That takes a walk through its modules, which looks at the names that parts have in each other and at the parameters
+    themselves. It takes a fraction of the time.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[torch.Tensor, str] = {}
+        self._parts: list[str] | None = None
+        self._trained: list[nn.Parameter] = []
+
+    def of(self, model: nn.Module) -> dict[torch.Tensor, str]:
+        """As `parameter_names`; not to be changed."""
+        parts, trained = _trained_parts(model)
+        if parts != self._parts or not _are_same(trained, self._trained):
+            self._names = parameter_names(model)
+            is_usual = {*map(id, trained)} == {*map(id, self._names)}
+            # A model that lists its parameters in its own way is asked each time.
+            self._parts, self._trained = (parts, trained) if is_usual else (None, [])
+        return self._names
+
+
+def _trained_parts(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
+    """The names of modules and of trainable parameters in the modules that have them, and these parameters."""
+    parts: list[str] = []
+    trained: list[nn.Parameter] = []
+    modules: list[nn.Module | None] = [model]
+    seen: set[int] = set()
+    for module in modules:  # which grows meanwhile
+        if module is None:
+            continue
+        own, children = module._parameters, module._modules
+        if own:  # most modules of an adapter have none
+            for name, parameter in own.items():
+                if parameter is not None and parameter.requires_grad:
+                    parts.append(name)
+                    trained.append(parameter)
+        if children and id(module) not in seen:
+            seen.add(id(module))
+            parts += children
+            modules += children.values()
+    return parts, trained
+
+
+def _are_same(some: Collection[torch.Tensor], others: Collection[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
 def require_trainable(model: nn.Module) -> None:
     """
     Raises:
@@ -166,7 +215,7 @@ class SavedTensors:
 
     def are_all_of(self, trained: Collection[torch.Tensor]) -> bool:
         """Whether these parameters are trained, and no others."""
-        return len(trained) == len(self.trained) and all(map(operator.is_, trained, self.trained))
+        return _are_same(trained, self.trained)
 
 
 def saved_tensors(model: Any) -> SavedTensors | None:
