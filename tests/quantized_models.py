@@ -43,9 +43,12 @@ def _quantised_linear(linear: nn.Linear, kind: str, nested: bool, dtype: torch.d
     return made  # type: ignore[no-any-return]
 
 
-def quantised_lora(base: PreTrainedModel, kind: str, device: str = "cpu", **options: Any) -> nn.Module:
-    """With a random adapter, in float32, on all linear layers."""
-    model = with_lora(quantised(base, kind, device, **options), task_type="CAUSAL_LM", init_lora_weights=False)
+def quantised_lora(
+    base: PreTrainedModel, kind: str, device: str = "cpu", *, nested: bool = True, **lora: Any
+) -> nn.Module:
+    """With a random adapter, in float32, on all linear layers; `lora` are further settings of it."""
+    settings = {"task_type": "CAUSAL_LM", "init_lora_weights": False} | lora
+    model = with_lora(quantised(base, kind, device, nested=nested), **settings)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -45,10 +45,16 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize(
     ("kind", "nested", "gradients"), [("nf4", True, 3e-2), ("nf4", False, 3e-2), ("int8", False, 8e-2)]
 )
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_packed_path_against_the_general_one(name: str, kind: str, nested: bool, gradients: float) -> None:
+def test_the_packed_path_against_the_general_one(
+    name: str, lora: dict[str, Any], kind: str, nested: bool, gradients: float
+) -> None:
     """Both round to bfloat16; 8-bit layers of bitsandbytes round their activations to 8 bits besides."""
-    model = quantised_lora(MODELS[name](**WIDE).bfloat16(), kind, "cuda", nested=nested)
+    model = quantised_lora(MODELS[name](**WIDE).bfloat16(), kind, "cuda", nested=nested, **lora)
+    for key, parameter in model.named_parameters():
+        if "lora_magnitude" in key:  # not the norms that they begin with
+            parameter.data *= torch.empty_like(parameter).uniform_(0.5, 1.5)
     rows = language_rows(16, seed=3, shortest=5, longest=40)
     batch = {key: value.cuda() for key, value in Padded()(rows).items()}
     num_items = int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -67,8 +73,9 @@ def test_the_packed_path_against_the_general_one(name: str, kind: str, nested: b
     assert projections[0].workspace._buffer.numel() == largest
 
 
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_run_in_graphs_is_the_eager_one(tmp_path: Path, kind: str) -> None:
+def test_a_run_in_graphs_is_the_eager_one(tmp_path: Path, kind: str, lora: dict[str, Any]) -> None:
     losses = []
     for cuda_graphs in (False, True):
         settings: dict[str, Any] = {
@@ -76,7 +83,7 @@ def test_a_run_in_graphs_is_the_eager_one(tmp_path: Path, kind: str) -> None:
             "learning_rate": 1e-3, "bf16": True, "save_strategy": "no", "disable_tqdm": True, "cuda_graphs": cuda_graphs,
         }  # fmt: skip
         trainer = Trainer(
-            model=quantised_lora(tiny_llama(**WIDE).bfloat16(), kind, "cuda"),
+            model=quantised_lora(tiny_llama(**WIDE).bfloat16(), kind, "cuda", **lora),
             args=TrainingArguments(**settings),
             train_dataset=language_rows(32, seed=1, shortest=8, longest=60),
             data_collator=Padded(),

@@ -6,7 +6,15 @@ import copy
 
 import pytest
 import torch
+from test_block_adapters import (
+    BUILT,
+    DROPPING,
+    agreed,
+    dropped,
+    seed_drawn,
+)
 from test_blocks import (
+    ADAPTERS,
     KINDS,
     adapted,
     applied,
@@ -19,12 +27,13 @@ from test_blocks import (
 
 from etude.kernels import block as block_module
 from etude.kernels import fused
+from etude.kernels import magnitude as magnitude_module
 from etude.kernels import projection as projection_module
 
 
 @pytest.fixture(autouse=True)
 def fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (block_module, projection_module):
+    for module in (block_module, magnitude_module, projection_module):
         monkeypatch.setattr(module, "operations", lambda device: fused)
 
 
@@ -34,6 +43,29 @@ def test_a_block_of_fused_kernels_equals_its_layer(kind: str) -> None:
     with applied(model, torch.float32) as found:
         for block, call in found.pairs():
             assert_block_equals_layer(block, call, 1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["q and v", "down and k"])
+def test_layers_without_an_adapter_beside_others(adapter: str) -> None:
+    with applied(adapted("qwen2", **ADAPTERS[adapter]), torch.float32) as found:
+        block, call = found.pairs()[0]
+        assert_block_equals_layer(block, call, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["DoRA of zero, llama, all biases", "DoRA after LoRA, gemma3, window 4"])
+def test_a_block_with_numbers_of_rows_equals_its_layer(name: str) -> None:
+    with applied(BUILT[name](), torch.float32) as found:
+        for block, call in found.pairs():
+            assert_block_equals_layer(block, call, 1e-5)
+
+
+def test_a_block_that_drops_equals_its_layer_that_drops_the_same() -> None:
+    with applied(dropped(DROPPING["DoRA, down and k"]()), torch.float32) as found:
+        block, call = found.pairs()[0]
+        torch.manual_seed(0)
+        agreed(block, seed_drawn())
+        torch.manual_seed(0)
+        assert_block_equals_layer(block, call, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3, window 4"])

@@ -518,7 +518,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: with_lora(tiny_llama(), target_modules=["q_proj"], modules_to_save=["up_proj"]),
         "ModulesToSaveWrapper layers (up_proj)",
     ),
-    "DoRA with dropout": (lambda: adapted("llama", use_dora=True, lora_dropout=0.1), "DoRA with dropout (q_proj)"),
     "disabled adapters": (disabled, "adapters are disabled"),
     "a merged adapter": (merged, "the adapter is merged"),
     "another activation": (lambda: with_lora(tiny_llama(hidden_act="relu")), "an activation other than SiLU and GELU"),

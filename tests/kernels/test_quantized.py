@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from etude.kernels.attention import PER_SEQUENCE
+from etude.kernels.plan import plan_kernels
 from etude.kernels.quantized import (
     EIGHT_BIT,
     FOUR_BIT,
@@ -20,8 +24,10 @@ from etude.kernels.quantized import (
     is_quantized_lora,
     quantized_kind,
 )
-from etude.model.paths import PackedPath, choose_path
-from tiny import IGNORED, Padded, language_rows, tiny_llama, tiny_qwen3
+from etude.model.capabilities import causal_model, decoder_of
+from etude.model.paths import CHUNKED, PackedPath, choose_path
+from short_run import short_trainer
+from tiny import IGNORED, Padded, language_rows, tiny_llama, tiny_qwen3, with_lora
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install bitsandbytes)"
@@ -116,6 +122,116 @@ def test_weights_that_would_change_their_format_keep_their_own_layers() -> None:
     from etude.kernels.quantized import quantized_obstacle
 
     assert quantized_obstacle(linear, torch.float32) is not None
+
+
+# -- numbers for each row: DoRA, LoRA with a bias -----------------------------------------------------------------------
+
+
+def with_numbers_of_rows(base: PreTrainedModel, kind: str | None, lora: str) -> Any:
+    """On all layers; `kind` None leaves them as they are."""
+    from quantized_models import quantised_lora
+
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
+    first = settings | {
+        "lora_bias": lora == "biases",
+        "use_dora": lora != "biases",
+        "lora_dropout": 0.3 * ("drop" in lora),
+    }
+    model: Any = with_lora(base, **first).train() if kind is None else quantised_lora(base, kind, **first)
+    if lora == "DoRA before biases":
+        model.add_adapter("second", LoraConfig(**settings, lora_bias=True, target_modules="all-linear", r=5))
+        model.base_model.set_adapter(["default", "second"])
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+            values = torch.randn_like(parameter, dtype=torch.float32)
+            parameter.data = values.abs() + 0.1 if "lora_magnitude" in name else 0.2 * values
+            if "zero" in lora and "lora_magnitude" in name:
+                parameter.data[1::3] = 0.0
+    return model
+
+
+def biased_llama() -> PreTrainedModel:
+    return tiny_llama(attention_bias=True, mlp_bias=True, **WIDE)
+
+
+ROWS = {
+    "DoRA": lambda: tiny_qwen3(**WIDE),
+    "DoRA of zero": lambda: tiny_qwen3(**WIDE),
+    "biases": biased_llama,
+    "DoRA before biases": biased_llama,
+}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("lora", ROWS)
+def test_numbers_of_a_row_give_those_of_the_general_path(lora: str) -> None:
+    model = with_numbers_of_rows(ROWS[lora](), "nf4", lora)
+    check_against_the_general_path(model, loss=1e-6, gradients=1e-5, kind=FOUR_BIT)
+
+
+def in_full_precision(model: nn.Module, base: PreTrainedModel, lora: str) -> Any:
+    """`base` with the weights of a quantised model as they are unpacked, and the same adapters."""
+    import bitsandbytes
+
+    plain = with_numbers_of_rows(base, None, lora)
+    quantised = dict(model.named_modules())
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if type(module) is nn.Linear and name.endswith("base_layer"):
+                weight: Any = quantised[name].weight
+                if isinstance(weight, bitsandbytes.nn.Params4bit):
+                    module.weight.copy_(bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state))
+                else:
+                    module.weight.copy_(weight.data * (weight.SCB / 127)[:, None])
+    return plain
+
+
+def packed_loss_and_gradients(model: nn.Module, batch: Any, num_items: int) -> tuple[Tensor, Tensor]:
+    """Without a probe: on a CPU peft's own DoRA computes once on layers in 8 bits, and leaves them without their scales."""
+    plan = plan_kernels(model, decoder_of(causal_model(model)), torch.float32)
+    assert plan.why_no_block is None and len(plan.blocks) == 2
+    plan.apply()
+    path = PackedPath(model, kernel=PER_SEQUENCE, head=CHUNKED, plan=plan)
+    torch.manual_seed(5)
+    found = loss_and_gradients(model, path.loss(model, batch, num_items))
+    plan.undo()
+    return found
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("lora", [*ROWS, "DoRA that drops"])
+def test_numbers_of_a_row_give_those_of_the_unpacked_weights(lora: str, kind: str) -> None:
+    build = ROWS.get(lora, ROWS["DoRA"])
+    model = with_numbers_of_rows(build(), kind, lora)
+    plain = in_full_precision(model, build(), lora)
+    batch = Padded()(language_rows(4, seed=3, shortest=5, longest=14))
+    num_items = int((batch["labels"][:, 1:] != IGNORED).sum())
+    ours = packed_loss_and_gradients(model, batch, num_items)
+    assert relative(ours[0], packed_loss_and_gradients(plain, batch, num_items)[0]) < 1e-6
+    assert relative(ours[1], packed_loss_and_gradients(plain, batch, num_items)[1]) < 1e-5
+    if "drop" not in lora:  # where peft draws others
+        theirs = loss_and_gradients(plain, plain(**batch, num_items_in_batch=num_items).loss)
+        assert relative(ours[0], theirs[0]) < 1e-6
+        assert relative(ours[1], theirs[1]) < 1e-5
+
+
+@needs_bitsandbytes
+def test_a_run_of_dora_says_that_its_layers_are_our_own(capsys: pytest.CaptureFixture[str]) -> None:
+    curves = []
+    for fast_path in (True, False):
+        model = with_numbers_of_rows(tiny_qwen3(**WIDE), "nf4", "DoRA")
+        trainer = short_trainer(
+            model, language_rows(10, seed=2), max_steps=4, learning_rate=1e-3, fast_path=fast_path, logging_steps=1
+        )
+        trainer.train()
+        said = capsys.readouterr().err
+        assert ("2 decoder layers with their own forward and backward pass" in said) == fast_path
+        curves.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert len(curves[0]) == 4
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
 def test_ordinary_layers_are_not_quantised_ones() -> None:

@@ -123,11 +123,14 @@ class Block:
         width, gates = self.qkv.in_features, self.gate_up.out_features
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         of_adapters = sum(projection.kept_columns for projection in self.projections)
+        made_again = self.gate_up.kept_columns if self.gate_up.keeps_product and not keeps_gates else 0
+        of_adapters -= made_again
         kept = 2 * width + (queries + 2 * keys) + queries + of_adapters + (gates if keeps_gates else 0)
         if self.query_norm is not None:
             kept += queries + keys
         kept += width * ((self.attention_norm is not None) + (self.down_norm is not None))
         passing = gates + gates // 2 + 3 * width + queries + (2 * gates if self.gate_up.needs_product else 0)
+        passing += made_again
         scales = 4 * (4 + self.num_heads)
         return kept * self.qkv.dtype.itemsize + scales, passing * self.qkv.dtype.itemsize
 
@@ -322,7 +325,8 @@ class _Gated(torch.autograd.Function):
             else:
                 output, *saved = _with_residual(block.down, x, middle_TD, block.down_norm, drop, reduced_down)
         ctx.block, ctx.drops, ctx.only_for_backward = block, passing.drops, passing.only_for_backward
-        ctx.save_for_backward(middle_TD, scale_T, reduced, gates if block.keeps_gates else None, *saved)
+        kept = reduced if block.keeps_gates or not block.gate_up.keeps_product else None
+        ctx.save_for_backward(middle_TD, scale_T, kept, gates if block.keeps_gates else None, *saved)
         return output
 
     @staticmethod
@@ -333,7 +337,8 @@ class _Gated(torch.autograd.Function):
         kernels, norm = operations(grad.device), block.gated_norm
         is_last_use = (gates is None or ctx.only_for_backward) and not block.gate_up.needs_product
         if gates is None:
-            gates, _, _ = _gates(block, middle_TD, ctx.drops.gate_up)
+            gates, _, again = _gates(block, middle_TD, ctx.drops.gate_up)
+            reduced = again if reduced is None else reduced
         down_grad = _undo_norm(grad, block.down_norm, product, product_scale_T)
         drop = ctx.drops.down
         is_fused = drop is None and block.down.rank > 0
@@ -380,7 +385,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _gates(block: Block, middle_TD: Tensor, drop: Drop | None) -> tuple[Tensor, Tensor, Tensor]:
-    """[g, u] (T, 2F) without their update, the scales of the norm (T) and norm(m) A^T (T, R)."""
+    """[g, u] (T, 2F) without their update, the scales of the norm (T) and what `forward` keeps, norm(m) A^T (T, R)."""
     norm = block.gated_norm
     x, scale_T = block.gate_up.norm_input(middle_TD, norm.weight, norm.offset, norm.eps)
     gates, reduced = block.gate_up.forward(x, drop=drop)
@@ -419,6 +424,8 @@ def _input_gradient(projection: Projection, grad: Tensor, drop: Drop | None) -> 
 
 
 def _scaled(rows_TR: Tensor, scale_T: Tensor) -> Tensor:
+    if not rows_TR.shape[1]:  # layers without an adapter
+        return rows_TR
     scaled = torch.empty(rows_TR.shape, dtype=rows_TR.dtype, device=rows_TR.device)
     operations(rows_TR.device).copy_rows(rows_TR, scaled, scale_T)
     return scaled

@@ -136,7 +136,7 @@ class Fp8Projection(Projection):
         super().__init__(linears, adapters, dtype, defers_update=defers_update)
 
     def _store(self) -> Tensor:
-        weight = torch.cat([linear.weight.detach() for linear in self.layers])
+        weight = self.matrix()
         quantise = operations(self.device).quantise_rows
         self.weight_codes: Quantised = quantise(weight)
         self.transposed_codes: Quantised = quantise(weight.t().contiguous())
@@ -159,10 +159,15 @@ class Fp8Projection(Projection):
     def reduce(self, x: Any, drop: Drop | None = None) -> Tensor:
         return super().reduce(x.wide if isinstance(x, Input) else x, drop)
 
-    def _product(self, x: Any) -> Tensor:
+    def matrix(self) -> Tensor:
+        """W (O, I) in the type it is in elsewhere, before it was rounded."""
+        return torch.cat([linear.weight.detach() for linear in self.layers])
+
+    def _product(self, x: Any, out: Tensor | None = None) -> Tensor:
         quantised = x.quantised if isinstance(x, Input) else operations(x.device).quantise_rows(x)
         num_rows = x.wide.shape[0] if isinstance(x, Input) else x.shape[0]
-        return scaled_product(quantised, self.weight_codes, num_rows, self.dtype)
+        y = scaled_product(quantised, self.weight_codes, num_rows, self.dtype)
+        return y if out is None else out.copy_(y)
 
     def _product_gradient(self, grad: Tensor) -> Tensor:
         quantised = operations(grad.device).quantise_rows(grad)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from etude.kernels.block import Block, Call, Norm
 from etude.kernels.fp8 import FP8, Fp8Projection, layer_obstacle
 from etude.kernels.lora import lean_forward
-from etude.kernels.magnitude import RowProjection
+from etude.kernels.magnitude import Fp8RowProjection, QuantizedRowProjection, RowProjection, drops_base
 from etude.kernels.projection import STREAMS, Adapter, Projection
 from etude.kernels.quantized import (
     QuantizedProjection,
@@ -77,19 +77,21 @@ def block_of(
         return reason
     if (reason := _adapter_obstacle([part[1] for part in parts.values()])) is not None:
         return reason
-    trains_rows = any(_trains_rows(adapter) for _, adapters in parts.values() for adapter in adapters)
-    if trains_rows and (base_precision == FP8 or any(quantized_kind(linear) for linear, _ in parts.values())):
-        return "DoRA, or LoRA with a bias, on a base in 4 or 8 bits"
+    if base_precision == FP8 and any(drops_base(adapter) for _, adapters in parts.values() for adapter in adapters):
+        return "DoRA with dropout on a base in fp8"
     workspace = Workspace() if workspace is None else workspace
 
     def project(*names: str, extends_input: bool = False, defers_update: bool = False) -> Projection:
         pairs = [(parts[name][0], adapter) for name in names for adapter in parts[name][1] or [None]]
         linears, adapters = [linear for linear, _ in pairs], [adapter for _, adapter in pairs]
+        trains_rows = any(_trains_rows(adapter) for adapter in adapters if adapter is not None)
         if base_precision == FP8:
-            return Fp8Projection(linears, adapters, dtype, defers_update=defers_update)
+            kind = Fp8RowProjection if trains_rows else Fp8Projection
+            return kind(linears, adapters, dtype, defers_update=defers_update)
         if any(quantized_kind(linear) for linear in linears):
-            return QuantizedProjection(linears, adapters, dtype, workspace, defers_update=defers_update)
-        if any(_trains_rows(adapter) for adapter in adapters if adapter is not None):
+            quantized = QuantizedRowProjection if trains_rows else QuantizedProjection
+            return quantized(linears, adapters, dtype, workspace, defers_update=defers_update)
+        if trains_rows:
             return RowProjection(linears, adapters, dtype, defers_update=defers_update)
         return Projection(linears, adapters, dtype, extends_input=extends_input, defers_update=defers_update)
 
@@ -155,8 +157,8 @@ def lora_parts(module: Any) -> tuple[nn.Linear, list[Adapter]] | str:
     reasons = [adapter for adapter in adapters if isinstance(adapter, str)]
     if reasons:
         return reasons[0]
-    if len(adapters) > 1 and any(adapter.magnitude is not None for adapter in adapters):  # type: ignore[union-attr]
-        return "DoRA with another active adapter"
+    if len(adapters) > 1 and any(drops_base(adapter) for adapter in adapters):  # type: ignore[arg-type]
+        return "DoRA with dropout beside another active adapter"
     return base, adapters  # type: ignore[return-value]
 
 
@@ -170,8 +172,6 @@ def adapter_of(module: Any, name: str) -> Adapter | str:
     if name in module.lora_variant:
         if type(module.lora_variant[name]) is not DoraLinearVariant:
             return "a variant of LoRA with a forward of its own (aLoRA)"
-        if getattr(dropout, "p", 0.0) > 0.0:  # the base, too, sees what is left
-            return "DoRA with dropout"
         magnitude = module.lora_magnitude_vector[name].weight
     A, B = module.lora_A[name], module.lora_B[name]
     return Adapter(A.weight, B.weight, module.scaling[name], dropout, B.bias, magnitude)

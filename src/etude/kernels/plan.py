@@ -171,6 +171,8 @@ class KernelPlan:
         without_gates, _ = block.bytes_per_token(keeps_gates=False)
         width, gates = block.qkv.in_features, block.gate_up.out_features
         passing_forward = (gates + gates // 2 + 2 * width) * block.qkv.dtype.itemsize
+        if block.gate_up.keeps_product:
+            passing_forward += block.gate_up.kept_columns * block.qkv.dtype.itemsize
         return everything, without_gates, width * block.qkv.dtype.itemsize, passing, passing_forward
 
     def layer_operations(self) -> tuple[int, int, int, int, int]:

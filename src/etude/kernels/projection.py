@@ -63,8 +63,8 @@ class Drop(NamedTuple):
         return out
 
 
-STREAMS = 8
-"""More than the layers of one projection."""
+STREAMS = 16
+"""No projection has more adapters that drop something else each; `drop` tells four times as many apart."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Member:
     adapter: Adapter | None
     outputs: slice
     ranks: slice
+    stage: int = 0
+    """How many adapters of the same layer come before this one."""
 
 
 def operations(device: torch.device) -> ModuleType:
@@ -119,7 +121,10 @@ class Projection:
     """What the start screen says of these products; None where they are as the layers' own."""
 
     needs_product = False
-    """Whether the gradients of the adapters need what `forward` gave."""
+    """Whether the gradients of the adapters need what the frozen weights gave."""
+
+    keeps_product = False
+    """Whether `forward` keeps that itself, beside x A^T; otherwise it is found in the output."""
 
     def __init__(
         self,
@@ -136,7 +141,8 @@ class Projection:
         for linear, adapter in zip(linears, adapters, strict=True):
             ranks = adapter.A.shape[0] if adapter is not None else 0
             outputs = self.layers.setdefault(linear, slice(output, output + linear.out_features))
-            self.members.append(Member(linear, adapter, outputs, slice(rank, rank + ranks)))
+            stage = sum(member.linear is linear for member in self.members)
+            self.members.append(Member(linear, adapter, outputs, slice(rank, rank + ranks), stage))
             output, rank = outputs.stop, rank + ranks
         self.in_features, self.out_features, self.rank = linears[0].in_features, output, rank
         self.dtype, self.device = dtype, linears[0].weight.device
@@ -330,9 +336,13 @@ class Projection:
             operations(grad.device).add_product(grad_x, grad_reduced, self.A)
         return grad_x, grad_reduced
 
-    def _product(self, x: Any) -> Tensor:
-        """x W^T (T, O) of the stored weights, in memory of its own."""
-        return torch.mm(x, self.weight[:, : self.columns].t())
+    def matrix(self) -> Tensor:
+        """W (O, I) as it is multiplied by, until another projection asks for its own."""
+        return self.weight[:, : self.in_features]
+
+    def _product(self, x: Any, out: Tensor | None = None) -> Tensor:
+        """x W^T (T, O) of the stored weights, in `out` or memory of its own."""
+        return torch.mm(x, self.weight[:, : self.columns].t(), out=out)
 
     def _product_gradient(self, grad: Tensor) -> Tensor:
         """grad W (T, I), or grad [W, s B] where that is stored, in memory of its own."""
@@ -360,7 +370,7 @@ class Projection:
         `x` is the input (T, I); or, where the input is a norm's output n * s * (offset + w), the norm's own input n with w
         as `column_factor` and `grad_reduced` already multiplied by s: the norm's output need not be kept or made again.
         `all_A` = grad_reduced^T x and `all_B` = grad^T reduced, or parts (S, ..) that add up to them, are computed where
-        they are not known already. `product` is what `forward` gave, where it `needs_product` and its update is deferred.
+        they are not known already. `product` is what `forward` gave, where the projection needs it and keeps none itself.
         """
         if not self.rank:
             return []

@@ -112,13 +112,13 @@ class QuantizedProjection(Projection):
     def _release(self) -> None:
         self.workspace.release()
 
-    def _product(self, x: Any) -> Tensor:
-        return torch.mm(x, self._unpacked().t())
+    def _product(self, x: Any, out: Tensor | None = None) -> Tensor:
+        return torch.mm(x, self.matrix().t(), out=out)
 
     def _product_gradient(self, grad: Tensor) -> Tensor:
-        return torch.mm(grad, self._unpacked())
+        return torch.mm(grad, self.matrix())
 
-    def _unpacked(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """W (O, I) in the workspace, until another projection needs it."""
         weight = self.workspace.view(self.out_features, self.in_features)
         for linear, outputs in self.layers.items():
