@@ -40,7 +40,7 @@ from etude.precision import (
     use_number_settings,
 )
 from etude.run import Run
-from etude.trainer import _align_special_tokens, _is_quantized, _use_settings_for_training
+from etude.trainer import _align_special_tokens, _checkpoint_activations, _is_quantized, _use_settings_for_training
 
 if TYPE_CHECKING:
     from etude.data.batching import MicroBatch
@@ -225,12 +225,37 @@ def _compute_in_float32(
             run.scaler = LossScaler()
             _use_optimizer_without_state(trainer)
             run.gradient = trainer._build_gradient(run.batches, run.scaler)
-            return _compute(trainer, run, collated, num_items)
+            computed = _compute_where_it_fits(trainer, run, collated, num_items)
+            if computed is None and _recompute_layers(trainer.model):  # the same numbers, in less memory
+                computed = _compute_where_it_fits(trainer, run, collated, num_items)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        computed = None
+    if computed is None:
         trainer.notices.say("no float32 reference: memory ran out")
+    return computed
+
+
+def _compute_where_it_fits(
+    trainer: Trainer, run: Run, micro_batches: list[MicroBatch], num_items: int | None
+) -> Computed | None:
+    try:
+        return _compute(trainer, run, micro_batches, num_items)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None
+
+
+def _recompute_layers(model: Any) -> bool:
+    """Turn gradient checkpointing on; whether that makes a difference."""
+    base = model_loss.unwrapped(model)
+    is_on = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+    if is_on or not getattr(base, "supports_gradient_checkpointing", False):
+        return False
+    _checkpoint_activations(base, {"use_reentrant": False})
+    return True
 
 
 @contextmanager

@@ -95,8 +95,7 @@ class Saves:
         trainer, run = self.trainer, self.run
         state, args = trainer.state, trainer.args
         names = self._names.of(trainer.model)
-        if args.on_nonfinite == "stop":
-            _require_finite_weights(trainer, names)
+        are_finite = _ask_whether_finite(names) if args.on_nonfinite == "stop" else []
         self.settle()
         root = Path(trainer._get_output_dir(trial))
         store = CheckpointStore(root.absolute())  # a callback may change the working directory meanwhile
@@ -106,7 +105,15 @@ class Saves:
             state.best_model_checkpoint = str(root / f"checkpoint-{state.best_global_step}")
         versions = {"versions": trainer.run_record["versions"]}
         limit, best = args.save_total_limit, _step_named(state.best_model_checkpoint)
-        self.writer.write(Save(store, state.global_step, self._fill(names), versions, limit, best))
+        fill = self._fill(names)
+        if not all(map(bool, are_finite)):  # read only now: what is above was done while the GPU computed
+            try:
+                _require_finite_weights(trainer, names)
+            except NonFiniteError:
+                (state.best_model_checkpoint,), self._best_before = self._best_before, None
+                self._copies.arrive()
+                raise
+        self.writer.write(Save(store, state.global_step, fill, versions, limit, best))
         if self._is_attended:
             self._note(self.writer.finished(wait=True))
         run.events.saved_at = (state.global_step, run.events.epoch_ended)
@@ -218,10 +225,19 @@ def save_listeners(trainer: Trainer) -> list[str]:
 
 
 @torch.no_grad()
+def _ask_whether_finite(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Answers of the devices that are on their way, one for each device and type, not one for each tensor: False where an
+    update may have made a weight NaN or infinite. A sum is no number if a summand is none; it may overflow besides."""
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for parameter in parameters:
+        alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    sums = [torch._foreach_norm(each, 1) if each[0].is_cuda else [p.sum() for p in each] for each in alike.values()]
+    return [torch.stack([*each]).isfinite().all() for each in sums]
+
+
+@torch.no_grad()
 def _require_finite_weights(trainer: Trainer, names: dict[torch.Tensor, str]) -> None:
     """The loss and the gradient were finite, but what the optimizer made of them may not be."""
-    if _are_surely_finite(names):
-        return
     wrong = [name for parameter, name in names.items() if not torch.isfinite(parameter).all()]
     if not wrong:
         return
@@ -232,16 +248,6 @@ def _require_finite_weights(trainer: Trainer, names: dict[torch.Tensor, str]) ->
         f"{intact}. Lower learning_rate, or pass on_nonfinite='continue' to go on regardless",
         step=trainer.state.global_step,
     )
-
-
-def _are_surely_finite(parameters: Iterable[torch.Tensor]) -> bool:
-    """One answer of the device, not one a tensor. A sum is no number if a summand is none; it may overflow besides."""
-    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for parameter in parameters:
-        alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-    sums = [torch._foreach_norm(each, 1) if each[0].is_cuda else [p.sum() for p in each] for each in alike.values()]
-    answers = [torch.stack([*each]).isfinite().all() for each in sums]  # all are on their way before one is waited for
-    return all(bool(answer) for answer in answers)
 
 
 class SaveAttempts:

@@ -512,14 +512,17 @@ def _use_settings_for_training(model: nn.Module, args: TrainingArguments, until_
         until_the_end.callback(setattr, config, "use_cache", config.use_cache)
         config.use_cache = args.use_cache
     if args.activation_checkpointing or args.gradient_checkpointing:
-        kwargs: Any = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
-        trained: Any = model
-        if hasattr(trained, "activation_checkpointing_enable"):
-            trained.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None)
-        else:  # models outside transformers, and transformers before 5.20
-            trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
-        if hasattr(trained, "enable_input_require_grads"):
-            trained.enable_input_require_grads()
+        kwargs: Any = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs
+        _checkpoint_activations(model, kwargs)
+
+
+def _checkpoint_activations(model: Any, kwargs: dict[str, Any] | None) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None)
+    else:  # models outside transformers, and transformers before 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
 
 
 def _align_special_tokens(model: nn.Module, processing_class: Any) -> None:

@@ -76,6 +76,7 @@ def test_a_graph_serves_other_lengths() -> None:
         assert all(torch.equal(one, other) for one, other in zip(captured, expected, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own deprecated parts
 def test_compiled_code_calls_it_whole() -> None:
     inputs, offsets = drawn(sum(LONG)), offsets_of(*LONG)
     segments = fused_segments(offsets, LONG, sum(LONG), 4096)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from etude import TrainerCallback
+from etude.checkpoint import pages
 from etude.checkpoint.copies import Copies
 from etude.checkpoint.pages import PAGE_BYTES, _carrier_from, _SideStream
 from etude.checkpoint.writer import InBackground
@@ -167,6 +168,10 @@ def test_memory_of_the_device_is_given_back() -> None:
     assert torch.cuda.memory_allocated() == before
 
 
+def out_of_memory(tensors: list[torch.Tensor]) -> torch.Tensor:
+    raise torch.OutOfMemoryError
+
+
 @pytest.mark.parametrize("lack", ["beside training", "now"])
 def test_a_device_without_room(monkeypatch: pytest.MonkeyPatch, lack: str) -> None:
     """They are copied before `take` returns then, and nothing more is asked of the device."""
@@ -175,9 +180,10 @@ def test_a_device_without_room(monkeypatch: pytest.MonkeyPatch, lack: str) -> No
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     peak = torch.cuda.max_memory_allocated(device)
-    if lack == "now":
-        monkeypatch.setattr(_SideStream, "_unused_bytes", lambda carrier: 2**60)
-    with memory_limit(device, (peak + 2**26) / 2**30):  # less than the 256 MiB that are copied
+    with memory_limit(device, (peak + 2**26) / 2**30), monkeypatch.context() as patched:  # 256 MiB are copied
+        if lack == "now":
+            patched.setattr(_SideStream, "_unused_bytes", lambda carrier: 2**60)
+            patched.setattr(pages, "_gathered", out_of_memory)
         copied = copies.take(tensors)
         assert copies._pages._under_way == []
     assert_copied(copied, tensors)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from etude import StepCheck, Trainer
+from etude import check as check_module
 from etude.errors import ConfigError, DataError
 from etude.kernels import plan, reference
 from etude.model import paths
@@ -103,6 +104,33 @@ def test_in_bfloat16_ours_is_as_near_to_float32_as_stock() -> None:
     assert 1e-3 < ours < 1.5 * stock < 0.15
     assert "against float32" in str(found)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("failures", "is_there"), [(1, True), (2, False)])
+def test_a_reference_that_does_not_fit_computes_its_layers_again(
+    monkeypatch: pytest.MonkeyPatch, failures: int, is_there: bool
+) -> None:
+    def compute(trainer: Any, *arguments: Any) -> Any:
+        in_float32 = trainer.precision.autocast_dtype is None
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+        if in_float32:
+            tried.append(recomputes)
+        if in_float32 and len(tried) <= failures:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(trainer, *arguments)
+
+    original, model = check_module._compute, adapted().to(torch.bfloat16)
+    expected = short_trainer(model, bf16=True).check(reference_dtype="float32")
+    tried: list[bool] = []
+    monkeypatch.setattr(check_module, "_compute", compute)
+    found = short_trainer(model, bf16=True).check(reference_dtype="float32")
+    assert tried == [False, True]
+    assert (found.reference_errors is not None) == is_there
+    if is_there:
+        assert found.reference_loss == pytest.approx(expected.reference_loss, rel=1e-6)
+        assert found.reference_errors == pytest.approx(expected.reference_errors, rel=1e-4)
+    assert ("no float32 reference: memory ran out" in found.notes) != is_there
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def test_a_wrong_kernel_in_bfloat16_is_farther_from_float32_than_stock(monkeypatch: pytest.MonkeyPatch) -> None:
