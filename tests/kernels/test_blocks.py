@@ -78,6 +78,14 @@ KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: built(Qwen2ForCausalLM, Qwen2Config),
     "qwen3": tiny_qwen3,
     "gemma3, window 4": tiny_gemma3,
+    "gemma2, window 4, soft caps": lambda: built(
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=4,
+        attn_logit_softcapping=0.5,
+    ),
     "mistral, window 4": lambda: built(MistralForCausalLM, MistralConfig, sliding_window=4),
 }
 
@@ -550,14 +558,6 @@ def test_weights_in_another_type_than_the_arithmetic() -> None:
 OTHERWISE: dict[str, Callable[[], PreTrainedModel]] = {
     "granite, residuals multiplied": lambda: built(
         GraniteForCausalLM, GraniteConfig, residual_multiplier=0.5, attention_multiplier=0.3, logits_scaling=4.0
-    ),
-    "gemma2, soft caps": lambda: built(
-        Gemma2ForCausalLM,
-        Gemma2Config,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        sliding_window=4,
-        attn_logit_softcapping=2.0,
     ),
     "smollm3, no positions in the first layer": lambda: built(
         SmolLM3ForCausalLM, SmolLM3Config, no_rope_layers=[0, 1], use_sliding_window=False

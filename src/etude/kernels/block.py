@@ -5,7 +5,7 @@
 
 Every W is a frozen weight with its LoRA update (`projection`). Nothing is computed or kept that the gradient of the
 adapters and of h does not ask for: norms are undone from their input, the gated product is made again, no activation is
-copied to float32. For models of the Llama, Qwen and Gemma 3 kind; which one a layer is, is found by looking at its parts,
+copied to float32. For models of the Llama, Qwen and Gemma kind; which one a layer is, is found by looking at its parts,
 and `plan` compares each kind with the model's own layer before it is used.
 
 Legend: T tokens, D hidden size, H query heads, K key/value heads, d head size, F width of the gated layer.
@@ -205,6 +205,8 @@ class Block:
 
     def _attend(self, function: Any, options: Any, query_THd: Tensor, key_TKd: Tensor, value_TKd: Tensor) -> Tensor:
         module: Any = self.attention
+        if (softcap := getattr(module, "attn_logit_softcapping", None)) is not None:
+            options = options | {"softcap": softcap}
         attended, _ = function(
             module,
             *(tensor.transpose(0, 1)[None] for tensor in (query_THd, key_TKd, value_TKd)),
