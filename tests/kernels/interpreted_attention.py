@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from triton.runtime import interpreter
 
 from attention_checks import RULES, SHARED_HEADS, check_attention
+from etude.kernels.attention_operator import attend
 from etude.kernels.fused_attention import OWN, cut
 
 
@@ -62,3 +64,20 @@ def test_the_last_tiles_of_long_segments_come_first(lengths: tuple[int, ...]) ->
     ]
     used = [row for row in found if row[1]]
     assert used == sorted(tiles, key=lambda row: -row[2]) and found[: len(used)] == used
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of its own parts
+def test_the_operator_is_what_torch_expects_of_one() -> None:
+    """Schema, gradient, and the shapes that the compiler is told, also for lengths that differ from call to call."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(73, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    tiles = cut(torch.tensor([0, 70, 73], dtype=torch.int32), 73)
+    torch.library.opcheck(attend, (query, key, value, tiles, None, 0.25, 0, 0.0))
+
+    def doubled(query: Tensor) -> Tensor:
+        return 2 * attend(query, key, value, tiles, None, 0.25, 0, 1.5)[0]
+
+    compiled = torch.compile(doubled, backend="aot_eager", fullgraph=True, dynamic=True)
+    for function in (doubled, compiled):
+        (gradient,) = torch.autograd.grad(function(query).sum(), query)
+        assert torch.allclose(gradient, torch.autograd.grad(doubled(query).sum(), query)[0])
