@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import prepare_model_for_kbit_training
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
@@ -18,8 +19,8 @@ if importlib.util.find_spec("bitsandbytes") is None:
 from etude import Trainer, TrainingArguments
 from etude.kernels.quantized import QuantizedProjection
 from etude.model.paths import PackedPath, choose_path
-from quantized_models import quantised_lora
-from tiny import IGNORED, Padded, language_rows, tiny_llama, tiny_qwen3
+from quantized_models import quantised, quantised_lora
+from tiny import IGNORED, Padded, language_rows, tiny_llama, tiny_qwen3, with_lora
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,4 +95,31 @@ def test_a_run_in_graphs_is_the_eager_one(tmp_path: Path, kind: str, lora: dict[
             assert trainer.graphs is None or trainer.graphs.failure is None
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     eager, graphed = losses
+    assert graphed == pytest.approx(eager, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_prepared_by_peft_is_trained_by_our_own_layers(tmp_path: Path, kind: str) -> None:
+    """What travels between the layers is float32 then."""
+    losses = []
+    for fast_path, cuda_graphs in ((False, False), (True, False), (True, True)):
+        base = prepare_model_for_kbit_training(
+            quantised(tiny_llama(**WIDE).bfloat16(), kind, "cuda"), use_gradient_checkpointing=False
+        )
+        trainer = Trainer(
+            model=with_lora(base, task_type="CAUSAL_LM", init_lora_weights=False).train(),
+            args=TrainingArguments(
+                output_dir=str(tmp_path), per_device_train_batch_size=8, max_steps=12, logging_steps=1,
+                learning_rate=1e-3, bf16=True, save_strategy="no", disable_tqdm=True, fast_path=fast_path,
+                cuda_graphs=cuda_graphs,
+            ),
+            train_dataset=language_rows(32, seed=1, shortest=8, longest=60),
+            data_collator=Padded(),
+        )  # fmt: skip
+        trainer.train()
+        if fast_path:
+            assert any("3 decoder layers with their own" in line for line in trainer.path.reasons), trainer.path.reasons
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    stock, eager, graphed = losses
+    assert eager == pytest.approx(stock, rel=2e-2)
     assert graphed == pytest.approx(eager, rel=1e-2)

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from etude import TrainerCallback
 from etude.kernels.attention import PER_SEQUENCE
 from etude.kernels.plan import plan_kernels
 from etude.kernels.quantized import (
@@ -92,6 +93,40 @@ def check_against_the_general_path(model: nn.Module, *, loss: float, gradients: 
     assert projections[0].workspace._buffer is None
     again = loss_and_gradients(model, model(**batch, num_items_in_batch=num_items).loss)
     assert torch.equal(again[1], theirs[1])
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 5e-3), ("int8", 2e-2)])
+def test_a_base_prepared_by_peft_is_trained_by_our_own_layers(kind: str, tolerance: float) -> None:
+    """`prepare_model_for_kbit_training` makes all that is not quantised float32, what travels between layers as well. In
+    half precision bitsandbytes' own layers round the activations to 8 bits, ours do not."""
+    from peft import prepare_model_for_kbit_training
+
+    from quantized_models import quantised
+
+    losses = []
+    for fast_path in (True, False):
+        base = quantised(tiny_llama(attention_bias=True, **WIDE).bfloat16(), kind)
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        model = with_lora(base, task_type="CAUSAL_LM", init_lora_weights=False).train()
+        trainer = short_trainer(model, bf16=True, fast_path=fast_path, max_steps=4, logging_steps=1)
+        blocks: list[bool] = []
+        trainer.add_callback(WideBlocks(trainer, blocks))
+        trainer.train()
+        assert blocks == ([True] * 2 if fast_path else [])
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+
+
+class WideBlocks(TrainerCallback):
+    """Whether each of our own layers had float32 to add to in the first step."""
+
+    def __init__(self, trainer: Any, found: list[bool]) -> None:
+        self.trainer, self.found = trainer, found
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1 and self.trainer.path.name == "packed":
+            self.found += [block.is_wide for block in self.trainer.path.plan.blocks]
 
 
 @needs_bitsandbytes

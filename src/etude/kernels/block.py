@@ -104,6 +104,8 @@ class Block:
     """Runs the layer and puts what it keeps, but the tensors given, on the shelf of `offload`; None keeps it here."""
     calls_seen: list[Call] | None = None
     """A list here receives what the layer is called with: what a comparison with the layer's own forward asks for."""
+    is_wide: bool = False
+    """Whether h and the residual sums are float32 while the products are not (a base prepared for training in few bits)."""
     projections: tuple[Projection, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -131,8 +133,14 @@ class Block:
         kept += width * ((self.attention_norm is not None) + (self.down_norm is not None))
         passing = gates + gates // 2 + 3 * width + queries + (2 * gates if self.gate_up.needs_product else 0)
         passing += made_again
+        itemsize, wider = self.qkv.dtype.itemsize, self.width_bytes - width * self.qkv.dtype.itemsize
         scales = 4 * (4 + self.num_heads)
-        return kept * self.qkv.dtype.itemsize + scales, passing * self.qkv.dtype.itemsize
+        return kept * itemsize + 2 * wider + scales, passing * itemsize + 3 * wider
+
+    @property
+    def width_bytes(self) -> int:
+        """Of one token of h."""
+        return self.qkv.in_features * (4 if self.is_wide else self.qkv.dtype.itemsize)
 
     def operations_per_token(self) -> tuple[int, int, int]:
         """Operations of the products of a forward pass, of making the gates again, and of making all but the output again."""
@@ -154,7 +162,7 @@ class Block:
     ) -> Any:
         """Stands in for the layer's forward, in its signature. Padded batches and cached ones go to the layer's own."""
         is_packed = options.get("segments") is not None and hidden_states.shape[0] == 1 and past_key_values is None
-        if not is_packed or hidden_states.dtype != self.qkv.dtype or self.is_watched():
+        if not is_packed or not self._takes(hidden_states) or self.is_watched():
             own: Any = type(self.layer).forward
             options |= {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
             options |= {"past_key_values": past_key_values, "position_embeddings": position_embeddings}
@@ -163,6 +171,14 @@ class Block:
             self.calls_seen.append(Call(hidden_states.squeeze(0).detach(), position_embeddings, options))
         # Not `hidden_states[0]`, whose gradient would be written into zeros of its own.
         return self.run(hidden_states.squeeze(0), position_embeddings, **options)[None]
+
+    def _takes(self, hidden_states: Tensor) -> bool:
+        """Whether what comes from the layer before is of the type of the products, or wider where autocast rounds it for
+        them: then it stays wide, as do the residual sums."""
+        device_type, dtype = hidden_states.device.type, self.qkv.dtype
+        rounds = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == dtype
+        self.is_wide = rounds and hidden_states.dtype == torch.float32 != dtype
+        return self.is_wide or hidden_states.dtype == dtype
 
     def run(self, h_TD: Tensor, position_embeddings: Any, **options: Any) -> Tensor:
         """The layer's output (T, D); `options` are for the attention function."""
@@ -283,7 +299,8 @@ class _AttentionInput(torch.autograd.Function):
         else:
             reduced_grad = block.qkv.reduced_gradient(grad)
         scaled = _scaled(reduced_grad, scale_T)
-        gradients = block.qkv.adapter_gradients(grad, reduced, scaled, h_TD, norm.weight, norm.offset, ctx.drop)
+        rows = h_TD.to(block.qkv.dtype)
+        gradients = block.qkv.adapter_gradients(grad, reduced, scaled, rows, norm.weight, norm.offset, ctx.drop)
         return None, None, h_grad, None, None, *gradients
 
 
@@ -306,7 +323,7 @@ class _AttentionOutput(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         block: Block = ctx.block
         attended, reduced, product, scale_T = ctx.saved_tensors
-        product_grad = _undo_norm(grad, block.attention_norm, product, scale_T)
+        product_grad = _undo_norm(block.output, grad, block.attention_norm, product, scale_T)
         attended_grad, reduced_grad = block.output.backward(product_grad, ctx.drop)
         gradients = block.output.adapter_gradients(product_grad, reduced, reduced_grad, attended, drop=ctx.drop)
         return None, None, attended_grad, grad, *gradients
@@ -341,7 +358,7 @@ class _Gated(torch.autograd.Function):
         if gates is None:
             gates, _, again = _gates(block, middle_TD, ctx.drops.gate_up)
             reduced = again if reduced is None else reduced
-        down_grad = _undo_norm(grad, block.down_norm, product, product_scale_T)
+        down_grad = _undo_norm(block.down, grad, block.down_norm, product, product_scale_T)
         drop = ctx.drops.down
         is_fused = drop is None and block.down.rank > 0
         gated_grad, reduced_down_grad = block.down.backward(down_grad, drop, adds_update=not is_fused)
@@ -357,8 +374,8 @@ class _Gated(torch.autograd.Function):
         x_grad, reduced_grad, update = _input_gradient(block.gate_up, gates_grad, ctx.drops.gate_up)
         scaled = _scaled(reduced_grad, scale_T)
         of_gates = block.gate_up.adapter_gradients(
-            gates_grad, reduced, scaled, middle_TD, norm.weight, norm.offset, ctx.drops.gate_up, all_B=all_B,
-            product=gates,
+            gates_grad, reduced, scaled, middle_TD.to(block.gate_up.dtype), norm.weight, norm.offset, ctx.drops.gate_up,
+            all_B=all_B, product=gates,
         )  # fmt: skip
         middle_grad = kernels.rms_norm_backward(x_grad, middle_TD, norm.weight, norm.offset, scale_T, grad, update)
         return None, None, middle_grad, *of_gates, *of_down
@@ -403,18 +420,22 @@ def _with_residual(
     reduced: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """residual + [norm](x W^T), x A^T, and what undoing the norm needs."""
-    if norm is None:
+    if norm is None and residual.dtype == projection.dtype:
         output, reduced = projection.forward(x, residual, drop, reduced)
         return output, reduced, None, None
+    if norm is None:
+        product, reduced = projection.forward(x, drop=drop, reduced=reduced)
+        return residual + product, reduced, None, None
     product, reduced = projection.forward(x, drop=drop, reduced=reduced)
     output = torch.empty_like(residual)
     scale_T = operations(product.device).rms_norm(product, norm.weight, norm.offset, norm.eps, output, residual)
     return output, reduced, product, scale_T
 
 
-def _undo_norm(grad: Tensor, norm: Norm | None, product: Tensor, scale_T: Tensor) -> Tensor:
+def _undo_norm(projection: Projection, grad: Tensor, norm: Norm | None, product: Tensor, scale_T: Tensor) -> Tensor:
+    """The gradient of a product from that of the residual sum, in the product's type."""
     if norm is None:
-        return grad.contiguous()
+        return grad.to(projection.dtype).contiguous()
     return cast(Tensor, operations(grad.device).rms_norm_backward(grad, product, norm.weight, norm.offset, scale_T))
 
 

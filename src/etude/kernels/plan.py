@@ -173,7 +173,7 @@ class KernelPlan:
         passing_forward = (gates + gates // 2 + 2 * width) * block.qkv.dtype.itemsize
         if block.gate_up.keeps_product:
             passing_forward += block.gate_up.kept_columns * block.qkv.dtype.itemsize
-        return everything, without_gates, width * block.qkv.dtype.itemsize, passing, passing_forward
+        return everything, without_gates, block.width_bytes, passing, passing_forward
 
     def layer_operations(self) -> tuple[int, int, int, int, int]:
         """Operations of one layer, as half-precision products: of a token forwards, to make its gates again, to make
