@@ -29,6 +29,7 @@ from etude.kernels import block as block_module
 from etude.kernels import fused
 from etude.kernels import magnitude as magnitude_module
 from etude.kernels import projection as projection_module
+from etude.kernels.layers import compare
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +114,17 @@ def test_a_parameter_with_a_hook_keeps_autograd() -> None:
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     expected.pop("loss")
     assert_equal(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("way", ["everything kept", "gates made again"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3, window 4"])
+def test_a_block_of_which_the_residuals_are_wider(kind: str, way: str) -> None:
+    model = adapted(kind)
+    for name, parameter in model.named_parameters():
+        if "layers" in name and "lora" not in name and parameter.dim() == 2:
+            parameter.data = parameter.data.half()
+    with torch.autocast("cpu", dtype=torch.float16), applied(model, torch.float16) as found:
+        for block, call in found.pairs():
+            assert block.is_wide and call.hidden.dtype == torch.float32
+            block.keeps_gates = way == "everything kept"
+            assert compare(block, call) < 1e-2
