@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from etude.errors import ModelError
+from etude.kernels import attention
 from etude.kernels.attention import (
     FLEX,
     FUSED,
@@ -157,6 +158,20 @@ def test_mixed_types_meet_in_the_autocast_type() -> None:
 def test_a_kernel_refuses_what_it_cannot_do(kernel: str, rule: Any) -> None:
     with pytest.raises(ModelError, match=r"without|no logit cap"):
         segment_attention(*packed_row(), segments_of(LENGTHS, kernel), rule)
+
+
+@needs_triton
+def test_rows_beyond_32_bits_go_to_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from etude.kernels import attention_operator
+
+    monkeypatch.setattr(attention, "_varlen", lambda query, *others: query.shape[2])
+    for num_tokens in (131_072, 131_073):
+        heads = torch.empty(1, 128, num_tokens, 128, dtype=torch.bfloat16, device="meta")
+        rows = Segments(torch.empty(2, dtype=torch.int32, device="meta"), (num_tokens,), num_tokens, FUSED)
+        is_small_enough = num_tokens == 131_072
+        monkeypatch.setattr(attention_operator, "attend", lambda *arguments: (torch.ones(1), None))
+        found = attention._fused(heads, heads, heads, rows, AttentionRule())
+        assert isinstance(found, Tensor) if is_small_enough else found == num_tokens
 
 
 def test_kernels_worth_trying() -> None:

@@ -38,6 +38,9 @@ FIXED_SHAPES = (FUSED, VARLEN)
 FUSED_SIZE_MAX = 256
 """Head sizes up to which our own kernel's tiles fit the registers of a multiprocessor."""
 
+FUSED_PLACE_MAX = 2**31 - 1
+"""Our own kernel counts in 32 bits: rows of 131,072 tokens with 128 heads of 128 go to torch's."""
+
 BATCHED_SIZE_MIN = 65
 """Head size from which torch's kernel for a batch of even samples is faster than ours (an H100, d of 64 and 128)."""
 
@@ -127,12 +130,19 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: 
     is_plain = rule.softcap is None and rule.sinks is None and not window
     if segments.equal_length is not None and is_plain and size >= BATCHED_SIZE_MIN:
         return _batched(query, key, value, segments.equal_length, rule.scaling)
+    if max(map(_last_place, (query, key, value))) > FUSED_PLACE_MAX:
+        return _varlen(query, key, value, segments, rule)
     from etude.kernels.attention_operator import attend
 
     scaling = 1.0 / math.sqrt(size) if rule.scaling is None else rule.scaling
     inputs = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     attended_THd, _ = attend(*inputs, segments.tiles, rule.sinks, scaling, window, rule.softcap or 0.0)
     return cast(Tensor, attended_THd)[None]
+
+
+def _last_place(tensor: Tensor) -> int:
+    """How far its last number lies from its first."""
+    return sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 # -- varlen -----------------------------------------------------------------------------------------------------------
