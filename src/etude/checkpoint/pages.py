@@ -8,6 +8,7 @@ page, but has a storage of its own, because `torch.save` writes whole storages.
 from __future__ import annotations
 
 import functools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -62,9 +63,10 @@ class Pages:
         """Copy tensors that `fit` to `hosts`. They may change as soon as this returns; the copies are there after `arrive`."""
         self.arrive()
         hosts, at_once = self.hosts, list(self._layout.loose)
+        rows_of = self._layout.rows_of(tensors)
         for device, blocks in self._layout.blocks.items():
             carrier = _carrier_from(device)
-            parts = [[tensors[number] for number in block.numbers] for block in blocks]
+            parts = rows_of[device]
             snapshots = carrier.snapshots(parts, sum(block.memory.nbytes for block in blocks))
             if snapshots is None:
                 at_once += [number for block in blocks for number in block.numbers]
@@ -100,6 +102,20 @@ class _Layout:
         self.blocks: dict[torch.device, list[_Block]] = defaultdict(list)
         self.loose: list[int] = []
         """The numbers of tensors with gaps or with nothing in them, which are no part of a block."""
+        self._rows: dict[torch.device, list[list[Tensor]]] = {}
+        self._places: list[int] = []
+
+    def rows_of(self, tensors: Sequence[Tensor]) -> dict[torch.device, list[list[Tensor]]]:
+        """The tensors of each block of each device, in one dimension. Made once for tensors that stay where they are: for
+        thousands of small ones that takes longer than to copy them."""
+        places = list(map(Tensor.data_ptr, tensors))
+        if places != self._places:
+            self._places = places
+            self._rows = {
+                device: [[tensors[number].view(-1) for number in block.numbers] for block in blocks]
+                for device, blocks in self.blocks.items()
+            }
+        return self._rows
 
     def fill_pages(self, tensors: Sequence[Tensor], places: _Places) -> None:
         alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
@@ -118,8 +134,10 @@ class _Layout:
                     self.hosts[number] = piece
 
 
-def _keys(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
+def _keys(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """Sizes, strides, types and devices: column by column, a tenth of the time that rows take."""
+    ways = (Tensor.size, Tensor.stride, operator.attrgetter("dtype"), operator.attrgetter("device"))
+    return tuple(list(map(way, tensors)) for way in ways)
 
 
 def _runs(numbers: list[int], tensors: Sequence[Tensor], left: int) -> list[list[int]]:
@@ -248,8 +266,8 @@ def _carrier_from(device: torch.device) -> _SideStream | _AtOnce:
     return _SideStream(device) if device.type == "cuda" else _AtOnce()
 
 
-def _gathered(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.view(-1) for tensor in tensors])
+def _gathered(rows: list[Tensor]) -> Tensor:
+    return torch.cat(rows)
 
 
 def _copy_and_wait(hosts: list[Tensor], tensors: list[Tensor]) -> None:
