@@ -12,6 +12,8 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from attention_checks import RULES, SHARED_HEADS, check_attention
+from etude.kernels import fused_attention_backward
+from etude.kernels.attention import AttentionRule, fused_segments, segment_attention
 from etude.kernels.attention_operator import attend
 from etude.kernels.fused_attention import OWN, cut
 
@@ -81,3 +83,28 @@ def test_the_operator_is_what_torch_expects_of_one() -> None:
     for function in (doubled, compiled):
         (gradient,) = torch.autograd.grad(function(query).sum(), query)
         assert torch.allclose(gradient, torch.autograd.grad(doubled(query).sum(), query)[0])
+
+
+def test_a_probe_goes_backwards_and_meets_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU may have room for one pass, or one kind of it, and not for the other."""
+    windows: list[int] = []
+
+    def no_room(*arguments: Any) -> None:
+        windows.append(arguments[-1].window)
+        if windows[-1]:
+            raise MemoryError("out of shared memory")
+
+    original = fused_attention_backward.attend_backward
+    monkeypatch.setattr(
+        fused_attention_backward, "attend_backward", lambda *arguments: no_room(*arguments) or original(*arguments)
+    )
+    heads = torch.randn(1, 2, 12, 16)
+    offsets = torch.tensor([0, 5, 12], dtype=torch.int32)
+    rule = AttentionRule(sliding_window=50)
+    with torch.no_grad():
+        segment_attention(heads, heads, heads, fused_segments(offsets, (5, 7), 12, 7), rule)
+        assert windows == []
+        with pytest.raises(MemoryError, match="shared memory"):
+            probed = fused_segments(offsets, (5, 7), 12, 7, windows_seen=[])
+            segment_attention(heads, heads, heads, probed, rule)
+        assert windows == [0, 50]

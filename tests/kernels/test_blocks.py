@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from transformers import (
 
 from etude.kernels.attention import PER_SEQUENCE
 from etude.kernels.block import Block, Call
-from etude.kernels.layers import block_of, compare
+from etude.kernels.layers import block_of, compare, largest
 from etude.kernels.plan import KernelPlan, plan_kernels
 from etude.model.capabilities import causal_model, decoder_of
 from etude.model.packing import PackedBatch, pack
@@ -203,6 +204,12 @@ def test_what_is_not_kept_is_made_again(kind: str, keeps_gates: bool, recomputes
             assert_block_equals_layer(block, call, FLOAT32_NORMS)
             assert compare(block, call) < FLOAT32_NORMS
             assert block.recomputes == recomputes
+
+
+@pytest.mark.parametrize("differences", [[math.nan, 0.1], [0.1, math.nan], [0.1, math.nan, 0.2]])
+def test_a_comparison_passes_over_no_nan(differences: list[float]) -> None:
+    assert math.isnan(largest(differences))
+    assert largest([0.1, 0.3, 0.2]) == 0.3
 
 
 def test_a_comparison_leaves_no_gradient() -> None:

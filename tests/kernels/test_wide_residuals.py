@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
-from test_blocks import adapted, batches, loss_and_gradients, num_items_of
+from test_blocks import adapted, applied, batches, loss_and_gradients, num_items_of
 from torch import Tensor, nn
 
+from etude.kernels.layers import compare
 from etude.model import paths
 from etude.model.paths import PackedPath, choose_path
 
@@ -96,3 +98,17 @@ def test_without_autocast_float32_goes_to_the_layers_own_forward() -> None:
     path = path_of(model)
     with pytest.raises(RuntimeError, match="dtype"):
         path.loss(model, batches()[0], 10)
+
+
+@pytest.mark.parametrize("kind", ["llama, all biases", "gemma3, window 4"])
+def test_what_float16_does_not_hold_reaches_no_gradient(kind: str) -> None:
+    """Massive activations (Sun et al., arXiv 2402.17762) pass between layers in float32; only their norm is rounded."""
+    model = adapted(kind)
+    for name, parameter in model.named_parameters():
+        if "layers" in name and "lora" not in name and parameter.dim() == 2:
+            parameter.data = parameter.data.half()
+    with torch.autocast("cpu", dtype=torch.float16), applied(model, torch.float16) as found:
+        for block, call in found.pairs():
+            hidden = call.hidden.clone()
+            hidden[:, 3] = 1e5
+            assert compare(block, replace(call, hidden=hidden)) < 1e-2

@@ -106,16 +106,20 @@ class _Layout:
         self._places: list[int] = []
 
     def rows_of(self, tensors: Sequence[Tensor]) -> dict[torch.device, list[list[Tensor]]]:
-        """The tensors of each block of each device, in one dimension. Made once for tensors that stay where they are: for
-        thousands of small ones that takes longer than to copy them."""
+        """The tensors of each block of each device, in one dimension. Kept for tensors that have stayed where they are since
+        the last time: for thousands of small ones this takes longer than to copy them."""
         places = list(map(Tensor.data_ptr, tensors))
-        if places != self._places:
-            self._places = places
-            self._rows = {
-                device: [[tensors[number].view(-1) for number in block.numbers] for block in blocks]
-                for device, blocks in self.blocks.items()
-            }
-        return self._rows
+        if places == self._places and self._rows:
+            return self._rows
+        rows = {
+            device: [[tensors[number].view(-1) for number in block.numbers] for block in blocks]
+            for device, blocks in self.blocks.items()
+        }
+        self._rows = (
+            rows if places == self._places else {}
+        )  # others may be replaced again, and are not to be kept alive
+        self._places = places
+        return rows
 
     def fill_pages(self, tensors: Sequence[Tensor], places: _Places) -> None:
         alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
@@ -196,9 +200,11 @@ def _pieces(memory: Tensor, parts: list[Tensor]) -> Iterator[Tensor]:
 
 def empty_copy(tensor: Tensor, *, pinned: bool) -> Tensor:
     """Memory on the host for a copy, in the same order as far as it has no gaps."""
-    return torch.empty_like(
-        tensor, device="cpu", pin_memory=pinned, requires_grad=False, memory_format=torch.preserve_format
-    )
+    options: Any = {"device": "cpu", "requires_grad": False, "memory_format": torch.preserve_format}
+    try:
+        return torch.empty_like(tensor, pin_memory=pinned, **options)
+    except RuntimeError:  # as below
+        return torch.empty_like(tensor, **options)
 
 
 def _host_memory(num_bytes: int, pinned: bool) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -126,18 +126,33 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: 
         raise ModelError(f"fused attention is without dropout, and for heads of at most {FUSED_SIZE_MAX}")
     if rule.sinks is not None and rule.sinks.requires_grad:
         raise ModelError("fused attention is without a gradient for attention sinks")
+    if segments.windows_seen is not None:
+        _rehearse(query, key, value, segments, rule)
     window = rule.sliding_window if rule.sliding_window is not None and rule.sliding_window < segments.max_length else 0
     is_plain = rule.softcap is None and rule.sinks is None and not window
     if segments.equal_length is not None and is_plain and size >= BATCHED_SIZE_MIN:
         return _batched(query, key, value, segments.equal_length, rule.scaling)
     if max(map(_last_place, (query, key, value))) > FUSED_PLACE_MAX:
         return _varlen(query, key, value, segments, rule)
+    return _attended((query, key, value), segments, rule, window)
+
+
+def _attended(heads: Sequence[Tensor], segments: Segments, rule: AttentionRule, window: int) -> Tensor:
     from etude.kernels.attention_operator import attend
 
-    scaling = 1.0 / math.sqrt(size) if rule.scaling is None else rule.scaling
-    inputs = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    scaling = 1.0 / math.sqrt(heads[0].shape[3]) if rule.scaling is None else rule.scaling
+    inputs = (tensor.squeeze(0).transpose(0, 1) for tensor in heads)
     attended_THd, _ = attend(*inputs, segments.tiles, rule.sinks, scaling, window, rule.softcap or 0.0)
     return cast(Tensor, attended_THd)[None]
+
+
+def _rehearse(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: AttentionRule) -> None:
+    """Forwards and backwards once, with the window that long samples meet: a probe has neither, and a kernel that this GPU
+    has no room for is to be found before the first step."""
+    with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
+        inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        for window in sorted({0, rule.sliding_window or 0}):
+            torch.autograd.grad(_attended(inputs, segments, rule, window).sum(), inputs)
 
 
 def _last_place(tensor: Tensor) -> int:

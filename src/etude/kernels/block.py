@@ -298,8 +298,7 @@ class _AttentionInput(torch.autograd.Function):
             h_grad = kernels.rms_norm_backward(x_grad, h_TD, norm.weight, norm.offset, scale_T, residual_grad, update)
         else:
             reduced_grad = block.qkv.reduced_gradient(grad)
-        scaled = _scaled(reduced_grad, scale_T)
-        rows = h_TD.to(block.qkv.dtype)
+        scaled, rows = _scaled_one(reduced_grad, h_TD, scale_T)
         gradients = block.qkv.adapter_gradients(grad, reduced, scaled, rows, norm.weight, norm.offset, ctx.drop)
         return None, None, h_grad, None, None, *gradients
 
@@ -372,10 +371,9 @@ class _Gated(torch.autograd.Function):
             down_grad, reduced_down, reduced_down_grad, gated_grad, drop=drop, all_A=all_A
         )
         x_grad, reduced_grad, update = _input_gradient(block.gate_up, gates_grad, ctx.drops.gate_up)
-        scaled = _scaled(reduced_grad, scale_T)
+        scaled, rows = _scaled_one(reduced_grad, middle_TD, scale_T)
         of_gates = block.gate_up.adapter_gradients(
-            gates_grad, reduced, scaled, middle_TD.to(block.gate_up.dtype), norm.weight, norm.offset, ctx.drops.gate_up,
-            all_B=all_B, product=gates,
+            gates_grad, reduced, scaled, rows, norm.weight, norm.offset, ctx.drops.gate_up, all_B=all_B, product=gates,
         )  # fmt: skip
         middle_grad = kernels.rms_norm_backward(x_grad, middle_TD, norm.weight, norm.offset, scale_T, grad, update)
         return None, None, middle_grad, *of_gates, *of_down
@@ -446,12 +444,16 @@ def _input_gradient(projection: Projection, grad: Tensor, drop: Drop | None) -> 
     return x_grad, reduced_grad, Reduction(reduced_grad, projection.A) if has_update else None
 
 
-def _scaled(rows_TR: Tensor, scale_T: Tensor) -> Tensor:
-    if not rows_TR.shape[1]:  # layers without an adapter
-        return rows_TR
-    scaled = torch.empty(rows_TR.shape, dtype=rows_TR.dtype, device=rows_TR.device)
-    operations(rows_TR.device).copy_rows(rows_TR, scaled, scale_T)
-    return scaled
+def _scaled_one(reduced_grad: Tensor, h_TD: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The two factors of the gradient of A, one of them multiplied by the scales of the norm (T): the small one, but where
+    h is wider than the products, whose type may not hold it."""
+    if h_TD.dtype != reduced_grad.dtype:
+        return reduced_grad, (h_TD * scale_T[:, None]).to(reduced_grad.dtype)
+    if not reduced_grad.shape[1]:  # layers without an adapter
+        return reduced_grad, h_TD
+    scaled = torch.empty(reduced_grad.shape, dtype=reduced_grad.dtype, device=reduced_grad.device)
+    operations(reduced_grad.device).copy_rows(reduced_grad, scaled, scale_T)
+    return scaled, h_TD
 
 
 def _split_heads(block: Block, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.kernels.experts import factors_of, mixture
-from etude.kernels.layers import activation_of, distance_of
+from etude.kernels.layers import activation_of, distance_of, largest
 from etude.kernels.reference import SILU
 
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -171,4 +171,4 @@ def compare_mixture(layer: Any, hidden: Tensor, index: Tensor, weights: Tensor) 
         adapters = [gradient.flatten() for gradient in gradients[2:]]
         results.append([output.detach(), *gradients[:2], torch.cat(adapters) if adapters else output.new_zeros(1)])
     theirs, ours = results
-    return max(distance_of(*pair) for pair in zip(ours, theirs, strict=True))
+    return largest(distance_of(*pair) for pair in zip(ours, theirs, strict=True))

@@ -3,6 +3,8 @@ an order that changes from run to run. The legend is there."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,9 @@ from etude.kernels.fused_attention import (
     strides_of,
     tanh,
 )
+
+LARGE_HEADS_BYTES = 114_688
+"""Shared memory that dK and dV of heads of 256 take by 32 rows at a time on an A100; cards for one's own desk have 101,376."""
 
 
 def attend_backward(
@@ -44,7 +49,7 @@ def attend_backward(
     key_grad, value_grad = (torch.empty((T, K, d), dtype=x.dtype, device=x.device) for x in (key_TKd, value_TKd))
     _key_value_gradients[(K, N)](
         *inputs, lse_HT, delta_HT, tiles_N3, key_grad, value_grad, *strides_of(*inputs), T, K, *numbers_of(rule), **constants,
-        **_key_shape(d).constants(),
+        **_key_shape(d, key_TKd.device).constants(),
     )  # fmt: skip
     return query_grad, key_grad, value_grad
 
@@ -55,10 +60,18 @@ def _query_shape(d: int) -> Shape:
     return Shape(64, 4, 2) if d <= 64 else Shape(32, 4, 3)
 
 
-def _key_shape(d: int) -> Shape:
+def _key_shape(d: int, device: torch.device) -> Shape:
     if d > 128:
-        return Shape(32, 8, 1)
+        return Shape(32 if _shared_bytes(device) >= LARGE_HEADS_BYTES else 16, 8, 1)
     return Shape(32, 4, 3 if d <= 64 else 2)
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have."""
+    if device.type != "cuda":
+        return LARGE_HEADS_BYTES
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -263,7 +264,12 @@ def compare(block: Block, call: Call) -> float:
         adapters = [gradient.flatten() for gradient in gradients[1:] if gradient is not None]
         results.append((output.detach(), gradients[0], torch.cat(adapters) if adapters else output.new_zeros(1)))
     theirs, ours = results
-    return max(distance_of(*pair) for pair in zip(ours, theirs, strict=True))
+    return largest(distance_of(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+def largest(differences: Iterable[float]) -> float:
+    """NaN where one of them is none: `max` may pass over it."""
+    return float(torch.tensor(list(differences), dtype=torch.float64).max())
 
 
 def distance_of(ours: Tensor, theirs: Tensor) -> float:

@@ -80,6 +80,7 @@ def _trained_parts(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
         if module is None:
             continue
         own, children = module._parameters, module._modules
+        parts.append("")  # between two modules
         if own:  # most modules of an adapter have none
             for name, parameter in own.items():
                 if parameter is not None and parameter.requires_grad:
