@@ -108,3 +108,7 @@ def test_a_probe_goes_backwards_and_meets_the_window(monkeypatch: pytest.MonkeyP
             probed = fused_segments(offsets, (5, 7), 12, 7, windows_seen=[])
             segment_attention(heads, heads, heads, probed, rule)
         assert windows == [0, 50]
+        windows.clear()
+        again = fused_segments(offsets, (5, 7), 12, 7, windows_seen=[50, 50])  # the second layer of its kind
+        segment_attention(heads, heads, heads, again, rule)
+        assert windows == []

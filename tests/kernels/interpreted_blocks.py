@@ -24,6 +24,7 @@ from test_blocks import (
     loss_and_gradients,
     with_blocks,
 )
+from test_wide_residuals import prepared
 
 from etude.kernels import block as block_module
 from etude.kernels import fused
@@ -119,11 +120,7 @@ def test_a_parameter_with_a_hook_keeps_autograd() -> None:
 @pytest.mark.parametrize("way", ["everything kept", "gates made again"])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3, window 4"])
 def test_a_block_of_which_the_residuals_are_wider(kind: str, way: str) -> None:
-    model = adapted(kind)
-    for name, parameter in model.named_parameters():
-        if "layers" in name and "lora" not in name and parameter.dim() == 2:
-            parameter.data = parameter.data.half()
-    with torch.autocast("cpu", dtype=torch.float16), applied(model, torch.float16) as found:
+    with torch.autocast("cpu", dtype=torch.float16), applied(prepared(kind, torch.float16), torch.float16) as found:
         for block, call in found.pairs():
             assert block.is_wide and call.hidden.dtype == torch.float32
             block.keeps_gates = way == "everything kept"

@@ -25,12 +25,12 @@ def _blocks_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paths, "_why_no_block_on_cpu", lambda model: None)
 
 
-def prepared(kind: str) -> nn.Module:
-    """The matrices of the layers in bfloat16; norms, biases, embeddings, head and adapters in float32."""
+def prepared(kind: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The matrices of the layers in half precision; norms, biases, embeddings, head and adapters in float32."""
     model = adapted(kind)
     for name, parameter in model.named_parameters():
         if "layers" in name and "lora" not in name and parameter.dim() == 2:
-            parameter.data = parameter.data.bfloat16()
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -103,11 +103,7 @@ def test_without_autocast_float32_goes_to_the_layers_own_forward() -> None:
 @pytest.mark.parametrize("kind", ["llama, all biases", "gemma3, window 4"])
 def test_what_float16_does_not_hold_reaches_no_gradient(kind: str) -> None:
     """Massive activations (Sun et al., arXiv 2402.17762) pass between layers in float32; only their norm is rounded."""
-    model = adapted(kind)
-    for name, parameter in model.named_parameters():
-        if "layers" in name and "lora" not in name and parameter.dim() == 2:
-            parameter.data = parameter.data.half()
-    with torch.autocast("cpu", dtype=torch.float16), applied(model, torch.float16) as found:
+    with torch.autocast("cpu", dtype=torch.float16), applied(prepared(kind, torch.float16), torch.float16) as found:
         for block, call in found.pairs():
             hidden = call.hidden.clone()
             hidden[:, 3] = 1e5

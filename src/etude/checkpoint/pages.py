@@ -115,9 +115,8 @@ class _Layout:
             device: [[tensors[number].view(-1) for number in block.numbers] for block in blocks]
             for device, blocks in self.blocks.items()
         }
-        self._rows = (
-            rows if places == self._places else {}
-        )  # others may be replaced again, and are not to be kept alive
+        has_stayed = places == self._places
+        self._rows = rows if has_stayed else {}  # what may be replaced again is not to be kept alive
         self._places = places
         return rows
 

@@ -5,7 +5,7 @@ same thing:
 
 - "fused": our own (`fused_attention`), for segments as short as those of training data are. CUDA, half precision; no
   dropout, heads of at most 256.
-- "varlen": torch's variable-length flash attention, where Triton is not there. No logit cap, attention sinks or dropout.
+- "varlen": torch's variable-length flash attention, where ours cannot be. No logit cap, attention sinks or dropout.
 - "flex": torch's flex attention, compiled, for CUDA models that cap their attention logits.
 - "per_sequence": scaled dot-product attention, one call per segment. Everywhere, and exact for everything.
 
@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from etude.errors import ModelError
-from etude.kernels.cross_entropy import triton_is_there
+from etude.kernels.availability import triton_is_there
 
 PER_SEQUENCE, FUSED, VARLEN, FLEX = "per_sequence", "fused", "varlen", "flex"
 
@@ -126,7 +126,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: 
         raise ModelError(f"fused attention is without dropout, and for heads of at most {FUSED_SIZE_MAX}")
     if rule.sinks is not None and rule.sinks.requires_grad:
         raise ModelError("fused attention is without a gradient for attention sinks")
-    if segments.windows_seen is not None:
+    if segments.windows_seen is not None and segments.windows_seen.count(rule.sliding_window) <= 1:
         _rehearse(query, key, value, segments, rule)
     window = rule.sliding_window if rule.sliding_window is not None and rule.sliding_window < segments.max_length else 0
     is_plain = rule.softcap is None and rule.sinks is None and not window
@@ -147,8 +147,8 @@ def _attended(heads: Sequence[Tensor], segments: Segments, rule: AttentionRule, 
 
 
 def _rehearse(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: AttentionRule) -> None:
-    """Forwards and backwards once, with the window that long samples meet: a probe has neither, and a kernel that this GPU
-    has no room for is to be found before the first step."""
+    """Forwards and backwards, with the window that long samples meet, for the first layer of each window: a probe has
+    neither, and a kernel that this GPU has no room for is to be found before the first step."""
     with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
         inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
         for window in sorted({0, rule.sliding_window or 0}):

@@ -16,9 +16,7 @@ On a GPU one Triton kernel (`fused_cross_entropy`) does both, in float32 for all
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from etude.errors import ModelError
+from etude.kernels.availability import triton_is_there
 
 GPU_ROWS = 2048
 """Enough rows for the head's two matrix products to be limited by arithmetic, not by reading the head."""
@@ -158,12 +157,6 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, softcap: float | None, s
     if scale != 1.0:
         gradient.mul_(scale)
     return losses, gradient
-
-
-@cache
-def triton_is_there() -> bool:
-    """With torch for CUDA it comes on Linux only."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def _softmax_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
