@@ -24,6 +24,7 @@ from etude.data.loader import TrainingStream
 from etude.data.randomness import undisturbed_generators
 from etude.errors import ConfigError, DataError, is_out_of_memory
 from etude.interrupts import Interrupts
+from etude.kernels.quantized import quantized_kind, unpacked, unpacking_obstacle
 from etude.model import adapter
 from etude.model import loss as model_loss
 from etude.model.memory import memory_limit
@@ -209,10 +210,13 @@ def _compute_in_float32(
 ) -> Computed | None:
     """The step through a float32 copy of the model; None, with the reason among the notices, where that cannot be."""
     model, device = trainer.model, trainer.args.device
-    if _is_quantized(model_loss.unwrapped(model)) or trainer.is_model_parallel:
-        trainer.notices.say("no float32 reference: the base is quantised or lies on several devices")
+    packed = [module for module in model.modules() if quantized_kind(module) is not None]
+    obstacle = _why_no_float32_copy(trainer, packed)
+    if obstacle is not None:
+        trainer.notices.say(f"no float32 reference: {obstacle}")
         return None
-    needed = int(4 * FLOAT32_SPARE * sum(parameter.numel() for parameter in model.parameters()))
+    sizes = [parameter.numel() for parameter in model.parameters()] + [m.in_features * m.out_features for m in packed]
+    needed = int(4 * FLOAT32_SPARE * sum(sizes))
     free = free_memory_bytes(device)
     if free is not None and free < needed:
         trainer.notices.say(f"no float32 reference: it takes {of_bytes(needed)}, and {of_bytes(free)} are free")
@@ -220,7 +224,7 @@ def _compute_in_float32(
     try:
         with _exact_float32():
             _take_general_path(trainer, run, collated[0])
-            trainer.model = trainer.model_wrapped = copy.deepcopy(model).float()
+            trainer.model = trainer.model_wrapped = _float32_copy(model)
             trainer.precision = Precision("fp32", device.type, None, scales_loss=False)
             run.scaler = LossScaler()
             _use_optimizer_without_state(trainer)
@@ -235,6 +239,20 @@ def _compute_in_float32(
     if computed is None:
         trainer.notices.say("no float32 reference: memory ran out")
     return computed
+
+
+def _why_no_float32_copy(trainer: Trainer, packed: list[Any]) -> str | None:
+    if trainer.is_model_parallel:
+        return "the base lies on several devices"
+    if _is_quantized(model_loss.unwrapped(trainer.model)) and not packed:
+        return "the base is quantised, but not by bitsandbytes"
+    return next(filter(None, map(unpacking_obstacle, packed)), None)
+
+
+def _float32_copy(model: nn.Module) -> nn.Module:
+    """The model with float32 weights; those in 4 or 8 bits are unpacked."""
+    instead = {id(module): unpacked(module) for module in model.modules() if quantized_kind(module) is not None}
+    return nn.Module.float(copy.deepcopy(model, instead))  # transformers' own `float` refuses models that were quantised
 
 
 def _compute_where_it_fits(

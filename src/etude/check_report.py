@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 SHOWN_TENSORS = 16
 
+AS_NEAR = 1.01
+"""Two distances from the float32 model are the same up to a hundredth: which of two equal ones is a hair larger is chance."""
+
 
 @dataclass(frozen=True)
 class TensorCheck:
@@ -85,7 +88,7 @@ class StepCheck:
         if self.is_of_every_tensor or self.reference_errors is None:
             return False
         ours, stock = self.reference_errors
-        return ours <= stock < math.inf
+        return ours <= AS_NEAR * stock < math.inf
 
     def describe(self, max_tensors: int = SHOWN_TENSORS) -> str:
         """The table, with the `max_tensors` worst tensors."""

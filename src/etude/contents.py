@@ -7,7 +7,7 @@ writes those, the same bytes, whatever has become of the run meanwhile.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,15 @@ if TYPE_CHECKING:
 Fill = Callable[[Path], list[str]]
 """Writes the files of a checkpoint into a folder; returns what is to be said about them."""
 
+Require = Callable[[Mapping[str, "torch.Tensor"]], None]
+"""Raises an error where trained weights are not fit to be saved, before anything is written."""
 
-def written_now(trainer: Trainer, run: Run) -> Fill:
+
+def written_now(trainer: Trainer, run: Run, names: dict[torch.Tensor, str], require: Require) -> Fill:
     """The run as it is when the files are written."""
 
     def fill(folder: Path) -> list[str]:
+        require({name: weight.detach() for weight, name in names.items()})
         trainer.save_model(str(folder), _internal_call=True)
         if not trainer.args.save_only_model:
             trainer._save_optimizer_and_scheduler(str(folder))
@@ -57,12 +61,13 @@ def written_later(
     tensors: adapter.SavedTensors,
     processor: ProcessorFiles,
     copies: Copies,
+    require: Require,
 ) -> Fill:
     """The run as it is now; `names` are those of the parameters that are trained."""
     trainer.collect_callback_states()
     whole = not trainer.args.save_only_model
     model = adapter.with_own_settings(trainer.model)
-    state, files = trainer.state.as_written(), processor.files()
+    state, files, trained = trainer.state.as_written(), processor.files(), list(names.values())
     gathered = copies.take(
         {
             "weights": tensors.in_adapters,
@@ -77,6 +82,8 @@ def written_later(
 
     def fill(folder: Path) -> list[str]:
         copies.arrive()
+        written = gathered["weights"] | gathered["extra"]
+        require({name: written[name] for name in trained if name in written})
         adapter.save_weights(model, folder, gathered["weights"], gathered["extra"])
         codec.save_files(folder, files)
         write_arguments(folder, gathered["arguments"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,12 +90,12 @@ class Saves:
 
         Raises:
             CheckpointError: it could not be written; older checkpoints are intact.
-            NonFiniteError: an update has made a weight NaN or infinite; nothing is written.
+            NonFiniteError: an update has made a weight NaN or infinite; nothing is written. Where training does not wait
+                for the checkpoint, `settle` raises it, in time for the next one.
         """
         trainer, run = self.trainer, self.run
         state, args = trainer.state, trainer.args
         names = self._names.of(trainer.model)
-        are_finite = _ask_whether_finite(names) if args.on_nonfinite == "stop" else []
         self.settle()
         root = Path(trainer._get_output_dir(trial))
         store = CheckpointStore(root.absolute())  # a callback may change the working directory meanwhile
@@ -105,40 +105,45 @@ class Saves:
             state.best_model_checkpoint = str(root / f"checkpoint-{state.best_global_step}")
         versions = {"versions": trainer.run_record["versions"]}
         limit, best = args.save_total_limit, _step_named(state.best_model_checkpoint)
-        fill = self._fill(names)
-        if not all(map(bool, are_finite)):  # read only now: what is above was done while the GPU computed
-            try:
-                _require_finite_weights(trainer, names)
-            except NonFiniteError:
-                (state.best_model_checkpoint,), self._best_before = self._best_before, None
-                self._copies.arrive()
-                raise
-        self.writer.write(Save(store, state.global_step, fill, versions, limit, best))
-        if self._is_attended:
-            self._note(self.writer.finished(wait=True))
+        self._write(Save(store, state.global_step, self._fill(names, store), versions, limit, best))
         run.events.saved_at = (state.global_step, run.events.epoch_ended)
         run.events.pending = {}
 
-    def _fill(self, names: dict[torch.Tensor, str]) -> Fill:
-        if not self.writer.needs_copies:
-            return written_now(self.trainer, self.run)
-        if self._tensors is None or not self._tensors.are_all_of(names):
-            self._tensors = saved_tensors(self.trainer.model)
-        if self._tensors is None:  # what is trained has changed, and cannot be copied any more
-            self.writer = InPlace()
-            return written_now(self.trainer, self.run)
-        return written_later(self.trainer, self.run, names, self._tensors, self._processor, self._copies)
+    def _write(self, save: Save) -> None:
+        try:
+            self.writer.write(save)
+            if self._is_attended:
+                self._note(self.writer.finished(wait=True))
+        except NonFiniteError:
+            self._withdraw()
+            raise
+
+    def _fill(self, names: dict[torch.Tensor, str], store: CheckpointStore) -> Fill:
+        trainer, run = self.trainer, self.run
+        stops = trainer.args.on_nonfinite == "stop"
+        require = _RequireFinite(store, trainer.state.global_step) if stops else _require_nothing
+        if self.writer.needs_copies and (self._tensors is None or not self._tensors.are_all_of(names)):
+            self._tensors = saved_tensors(trainer.model)
+            if self._tensors is None:  # what is trained has changed, and cannot be copied any more
+                self.writer = InPlace()
+        if self.writer.needs_copies and self._tensors is not None:
+            return written_later(trainer, run, names, self._tensors, self._processor, self._copies, require)
+        return written_now(trainer, run, names, require)
 
     def settle(self, *, wait: bool = True) -> None:
         """Take note of how the save before ended. Asked after every step, without waiting.
 
         Raises:
             CheckpointError: it failed, as did those before it.
+            NonFiniteError: a weight was NaN or infinite; nothing was written.
         """
         try:
             done = self.writer.finished(wait=wait)
         except CheckpointError as error:
             self.failed(error, is_final=False)
+        except NonFiniteError:
+            self._withdraw()
+            raise
         else:
             self._note(done)
 
@@ -148,11 +153,15 @@ class Saves:
         Raises:
             CheckpointError: it was the final save, or those before it failed as well.
         """
+        self._withdraw()
+        self._attempts.failed(error, is_final=is_final, say=self.trainer.notices.say)
+
+    def _withdraw(self) -> None:
+        """There is no checkpoint of this step, nor is it the best one."""
         self.run.events.saved_at = None
         self._copies.arrive()  # whoever failed to write them may not have waited for them
         if self._best_before is not None:
             (self.trainer.state.best_model_checkpoint,), self._best_before = self._best_before, None
-        self._attempts.failed(error, is_final=is_final, say=self.trainer.notices.say)
 
     def _note(self, done: Done | None) -> None:
         if done is not None:
@@ -224,30 +233,44 @@ def save_listeners(trainer: Trainer) -> list[str]:
     return [type(each).__name__ for each in listeners if uploads_checkpoints(each) is not False]
 
 
-@torch.no_grad()
-def _ask_whether_finite(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Answers of the devices that are on their way, one for each device and type, not one for each tensor: False where an
-    update may have made a weight NaN or infinite. A sum is no number if a summand is none; it may overflow besides."""
+class _RequireFinite:
+    """Loss and gradient were finite, but what the optimizer made of them may not be."""
+
+    def __init__(self, store: CheckpointStore, step: int) -> None:
+        self.store, self.step = store, step
+
+    @torch.no_grad()
+    def __call__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """
+        Raises:
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        if all(map(bool, _ask_whether_finite(weights.values()))):
+            return
+        wrong = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+        if not wrong:
+            return
+        committed = self.store.committed()
+        intact = f"{committed[-1].path.name} is the last sound one" if committed else "there is no earlier one"
+        raise NonFiniteError(
+            f"the update made weights NaN or infinite ({len(wrong)} tensors, first: {wrong[0]}), so no checkpoint is written; "
+            f"{intact}. Lower learning_rate, or pass on_nonfinite='continue' to go on regardless",
+            step=self.step,
+        )
+
+
+def _require_nothing(weights: Mapping[str, torch.Tensor]) -> None:
+    """For runs that go on regardless."""
+
+
+def _ask_whether_finite(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """One answer for each device and type, as a question for each tensor would wait for a GPU each time: False where a
+    value may be NaN or infinite. A sum is no number if a summand is none; it may overflow besides."""
     alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for parameter in parameters:
-        alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    for tensor in tensors:
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     sums = [torch._foreach_norm(each, 1) if each[0].is_cuda else [p.sum() for p in each] for each in alike.values()]
     return [torch.stack([*each]).isfinite().all() for each in sums]
-
-
-@torch.no_grad()
-def _require_finite_weights(trainer: Trainer, names: dict[torch.Tensor, str]) -> None:
-    """The loss and the gradient were finite, but what the optimizer made of them may not be."""
-    wrong = [name for parameter, name in names.items() if not torch.isfinite(parameter).all()]
-    if not wrong:
-        return
-    committed = CheckpointStore(trainer._get_output_dir(None)).committed()
-    intact = f"{committed[-1].path.name} is the last sound one" if committed else "there is no earlier one"
-    raise NonFiniteError(
-        f"the update made weights NaN or infinite ({len(wrong)} tensors, first: {wrong[0]}), so no checkpoint is written; "
-        f"{intact}. Lower learning_rate, or pass on_nonfinite='continue' to go on regardless",
-        step=trainer.state.global_step,
-    )
 
 
 class SaveAttempts:

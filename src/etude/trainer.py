@@ -397,6 +397,7 @@ class Trainer(
             stops_on_nonfinite=args.on_nonfinite == "stop",
             rows_of=batches.rows_of,
             recover=lambda error, micro_batch: cast(Run, self._run).recover(error, micro_batch),
+            before_stopping=lambda: cast(Run, self._run).saves.settle(),  # it may hold weights gone wrong before
             clip=self.clip_by_hooks,
         )
 

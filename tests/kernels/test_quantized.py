@@ -130,6 +130,38 @@ class WideBlocks(TrainerCallback):
 
 
 @needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_check_compares_with_the_unpacked_weights_in_float32(kind: str) -> None:
+    from quantized_models import quantised_lora
+
+    model = quantised_lora(tiny_llama(attention_bias=True, **WIDE), kind)
+    kinds = [quantized_kind(module) for module in model.modules()]
+    found = short_trainer(model).check(reference_dtype="float32")
+    assert found.reference_errors is not None
+    ours, stock = found.reference_errors
+    assert ours < 1e-5 and (stock < 1e-5) == (kind == "nf4")  # 8-bit layers of bitsandbytes round activations there
+    assert found.reference_loss == pytest.approx(found.loss, rel=1e-6)
+    assert found.is_fine and [quantized_kind(module) for module in model.modules()] == kinds
+
+    half = short_trainer(quantised_lora(tiny_llama(**WIDE).bfloat16(), "nf4"), bf16=True)
+    found = half.check(reference_dtype="float32")
+    assert found.is_fine and found.reference_errors is not None and 1e-3 < min(found.reference_errors) < 0.1
+
+
+@needs_bitsandbytes
+def test_a_check_has_no_such_reference_where_weights_cannot_be_unpacked() -> None:
+    from quantized_models import quantised_lora
+
+    model = quantised_lora(tiny_llama(**WIDE), "nf4")
+    linear: Any = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    linear.support_avx512bf16_for_cpu = True
+    linear.forward = lambda x: type(linear).forward(linear, x)  # its own, which an evaluation would change
+    found = short_trainer(model, fast_path=False).check(reference_dtype="float32")
+    assert found.reference_errors is None
+    assert any("no float32 reference: 4-bit weights that change their format" in note for note in found.notes)
+
+
+@needs_bitsandbytes
 def test_a_layer_left_in_full_precision_shares_a_product_with_quantised_ones() -> None:
     from quantized_models import quantised_lora
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,15 @@ def test_in_bfloat16_ours_is_as_near_to_float32_as_stock() -> None:
     assert 1e-3 < ours < 1.5 * stock < 0.15
     assert "against float32" in str(found)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("ours", "is_fine"), [(0.05, True), (0.1002, True), (0.102, False), (math.nan, False)])
+def test_what_stock_misses_the_float32_model_by_as_well(ours: float, is_fine: bool) -> None:
+    """Two errors of the same size: which is a hair larger is chance."""
+    model = adapted().to(torch.bfloat16)
+    found = short_trainer(model, bf16=True).check(reference_dtype="float32")
+    assert replace(found, gradient_error=0.07, reference_errors=(ours, 0.1)).is_fine == is_fine
+    assert not replace(found, gradient_error=0.07, reference_errors=None).is_fine
 
 
 @pytest.mark.parametrize(("failures", "is_there"), [(1, True), (2, False)])

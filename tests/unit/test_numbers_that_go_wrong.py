@@ -141,12 +141,31 @@ def test_in_the_adapter(matrix: str, fast_path: bool) -> None:
     assert checkpoints() == list(range(1, BAD_STEP))
 
 
-def test_an_adapter_that_an_update_has_spoiled_is_not_saved() -> None:
-    """Loss and gradient were fine, but the optimizer made a NaN of them (a state gone wrong, a rate too large)."""
-    trainer = short_trainer(rows=ROWS, callbacks=[Spoil("q_proj.lora_A", after_update=True)], **RUN)
-    with pytest.raises(NonFiniteError, match=rf"step {BAD_STEP}\b.*q_proj\.lora_A.*checkpoint-{BAD_STEP - 1}"):
+@pytest.mark.parametrize("in_background", [True, False])
+@pytest.mark.parametrize("every", [1, 2])
+def test_an_adapter_that_an_update_has_spoiled_is_not_saved(every: int, in_background: bool) -> None:
+    """Loss and gradient were fine, but the optimizer made a NaN of them (a state gone wrong, a rate too large). The loss of
+    the step after it is the first to show it where a thread looks at what it writes, but the update is to blame."""
+    settings = RUN | {"save_steps": every, "save_in_background": in_background}
+    trainer = short_trainer(rows=ROWS, callbacks=[Spoil("q_proj.lora_A", after_update=True)], **settings)
+    with pytest.raises(NonFiniteError, match=rf"step {BAD_STEP}: .*q_proj\.lora_A.*checkpoint-{BAD_STEP - every} is") as caught:
         trainer.train()
-    assert checkpoints() == list(range(1, BAD_STEP))
+    assert caught.value.step == BAD_STEP
+    assert checkpoints() == list(range(every, BAD_STEP, every))
+    assert not list(Path("out").glob(".tmp*"))
+
+
+def test_the_best_checkpoint_is_not_one_that_was_not_written() -> None:
+    class EachIsBetter(Trainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            return {"eval_loss": -float(self.state.global_step)}
+
+    settings = RUN | {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    spoil = Spoil("q_proj.lora_A", after_update=True)
+    trainer = short_trainer(rows=ROWS, eval_rows=ROWS[:4], callbacks=[spoil], trainer_class=EachIsBetter, **settings)
+    with pytest.raises(NonFiniteError, match=f"step {BAD_STEP}: the update"):
+        trainer.train()
+    assert trainer.state.best_model_checkpoint == f"out/checkpoint-{BAD_STEP - 1}"
 
 
 def test_an_adapter_that_is_nan_is_saved_where_that_was_asked_for() -> None:

@@ -17,6 +17,8 @@ import torch
 
 from etude.checkpoint.pages import PAGE_BYTES, Pages, empty_copy
 
+TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+
 PLAIN = frozenset({type(None), bool, int, float, str})
 
 
@@ -75,14 +77,14 @@ class Copies:
         alone: list[torch.Tensor] = []
         buffers_of_alone: list[torch.Tensor] = []
         memo: dict[int, Any] = {}
-        hosts, is_gathered = iter(self._pages.hosts), self._is_gathered
+        known, hosts, is_gathered = memo.get, iter(self._pages.hosts), self._is_gathered
 
         def copied(value: Any) -> Any:
-            if id(value) in memo:
-                return memo[id(value)]
+            result: Any = known(id(value))
+            if result is not None:
+                return result
             kind: Any = type(value)
-            result: Any
-            if (kind is torch.Tensor or kind is torch.nn.Parameter) and not vars(value):
+            if kind in TENSORS and not value.__dict__:
                 if is_gathered(value):
                     gathered.append(value)
                     result = next(hosts, value)

@@ -61,6 +61,11 @@ def quantized_obstacle(linear: Any, dtype: torch.dtype) -> str | None:
     return None
 
 
+def unpacking_obstacle(linear: Any) -> str | None:
+    """Why the weights of a layer of bitsandbytes cannot be made at all; None where they can."""
+    return quantized_obstacle(linear, getattr(linear, "compute_dtype", None) or torch.float32)
+
+
 class Workspace:
     """Memory for the weights of one projection at a time, shared by all projections of a model."""
 
@@ -124,6 +129,18 @@ class QuantizedProjection(Projection):
         for linear, outputs in self.layers.items():
             _unpack(linear, weight[outputs])
         return weight
+
+
+def unpacked(linear: Any) -> nn.Linear:
+    """A layer of bitsandbytes that has no `unpacking_obstacle` as one in float32, with the weights of its products."""
+    rows, columns = linear.out_features, linear.in_features
+    made = nn.Linear(columns, rows, bias=linear.bias is not None, device="meta")
+    weight_OI = torch.empty(rows, columns, device=linear.weight.device)
+    _unpack(linear, weight_OI)
+    made.weight = nn.Parameter(weight_OI, requires_grad=False)
+    if linear.bias is not None:
+        made.bias = nn.Parameter(linear.bias.detach().float(), requires_grad=False)
+    return made
 
 
 def _unpack(linear: Any, out: Tensor) -> None:

@@ -21,6 +21,7 @@ class Gradient:
     `forward_backward(micro_batch, num_items)` returns the micro-batch's share of the step's loss, detached.
     `rows_of(micro_batch)` names its rows for error messages, `recover(error, micro_batch)` gives what to do
     instead of a micro-batch that failed (its halves, when memory ran out), or None. `clip` may replace the built-in clipping.
+    `before_stopping` is called before a step is blamed, and may raise an error of an earlier one.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Gradient:
         stops_on_nonfinite: bool,
         rows_of: Callable[[Any], list[int]],
         recover: Callable[[Exception, Any], list[Any] | None],
+        before_stopping: Callable[[], None],
         clip: Callable[[list[nn.Parameter], float], torch.Tensor] | None = None,
     ) -> None:
         self.parameters = list(parameters)
@@ -42,6 +44,7 @@ class Gradient:
         self.scaler, self.optimizer, self.max_norm = scaler, optimizer, max_norm
         self.rows_of = rows_of
         self.recover = recover
+        self.before_stopping = before_stopping
         self.clip = clip or clip_gradients
         self.shares: list[tuple[Any, torch.Tensor]] = []
         self.finite_check = self._build_finite_check(stops_on_nonfinite)
@@ -121,6 +124,7 @@ class Gradient:
         return CheckAtOnce(self._complain, norm_counts=not self.scaler.tolerates_overflow)
 
     def _complain(self, finding: Finding) -> None:
+        self.before_stopping()
         culprit = next((batch for batch, share in finding.shares if not math.isfinite(float(share))), None)
         norm = math.nan if finding.norm is None else float(finding.norm)
         what = f"the loss is {float(finding.loss)}" if culprit is not None else f"the gradient norm is {norm}"
