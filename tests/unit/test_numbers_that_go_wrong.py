@@ -148,7 +148,9 @@ def test_an_adapter_that_an_update_has_spoiled_is_not_saved(every: int, in_backg
     the step after it is the first to show it where a thread looks at what it writes, but the update is to blame."""
     settings = RUN | {"save_steps": every, "save_in_background": in_background}
     trainer = short_trainer(rows=ROWS, callbacks=[Spoil("q_proj.lora_A", after_update=True)], **settings)
-    with pytest.raises(NonFiniteError, match=rf"step {BAD_STEP}: .*q_proj\.lora_A.*checkpoint-{BAD_STEP - every} is") as caught:
+    with pytest.raises(
+        NonFiniteError, match=rf"step {BAD_STEP}: .*q_proj\.lora_A.*checkpoint-{BAD_STEP - every} is"
+    ) as caught:
         trainer.train()
     assert caught.value.step == BAD_STEP
     assert checkpoints() == list(range(every, BAD_STEP, every))

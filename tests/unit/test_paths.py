@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from etude.model.capabilities import head_obstacle, missing_capabilities, read_head
+from etude.model import paths
 from etude.model.paths import PROBE_LENGTHS, GeneralPath, PackedPath, choose_path, probe_batch, relative_difference
 from tiny import IGNORED, Batch, Padded, causal_lora, language_rows, tiny_bert, tiny_gemma3, tiny_llama, tiny_t5
 
@@ -68,8 +69,32 @@ def test_equal_to_the_attention_that_the_model_writes_out_is_equal_enough(monkey
     monkeypatch.setattr("etude.model.paths.relative_difference", far_from_the_first)
     before = model.config._attn_implementation
     assert decide(model).name == "packed"
-    assert compared[1] <= compared[0]
+    assert compared[2] <= compared[0]
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(("times", "is_packed"), [(1.25, True), (0.1, False)])
+def test_as_near_as_the_models_own_ways_are_to_each_other_is_near_enough(
+    monkeypatch: pytest.MonkeyPatch, times: float, is_packed: bool
+) -> None:
+    """Deep models with large residuals round so much that nothing is nearer."""
+    monkeypatch.setattr(paths, "ROUNDED", paths.ROUNDED._replace(logits=1e-4))
+    monkeypatch.setattr(paths, "TIMES_ITS_OWN", times)
+    path = decide(causal_lora().to(torch.bfloat16))
+    assert (path.name == "packed") == is_packed
+    if not is_packed:
+        assert "packed and padded logits differ" in "; ".join(path.reasons)
+
+
+def test_what_a_model_may_be_apart_from_itself_ends_somewhere() -> None:
+    assert paths.ROUNDED.allowing_for(0.01) == paths.ROUNDED
+    assert paths.ROUNDED.allowing_for(0.08).logits == pytest.approx(0.1)
+    assert paths.ROUNDED.allowing_for(3.0).logits == 0.2
+
+
+def test_in_float32_a_model_is_not_apart_from_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "EXACT", paths.EXACT._replace(logits=1e-12))
+    assert "packed and padded logits differ" in reason_against(causal_lora())
 
 
 def test_one_row_without_padding_is_enough_to_decide() -> None:
