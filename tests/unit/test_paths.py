@@ -10,8 +10,8 @@ from peft import AdaLoraConfig, LoHaConfig, PrefixTuningConfig, PromptTuningConf
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from etude.model.capabilities import head_obstacle, missing_capabilities, read_head
 from etude.model import paths
+from etude.model.capabilities import head_obstacle, missing_capabilities, read_head
 from etude.model.paths import PROBE_LENGTHS, GeneralPath, PackedPath, choose_path, probe_batch, relative_difference
 from tiny import IGNORED, Batch, Padded, causal_lora, language_rows, tiny_bert, tiny_gemma3, tiny_llama, tiny_t5
 
