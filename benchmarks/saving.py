@@ -2,10 +2,12 @@
 
     python -m benchmarks.saving                    on the CPU
     python -m benchmarks.saving --device cuda      on one GPU
+    python -m benchmarks.saving --device cuda --model llama-8b --steps 130 --every 40
 
 The adapter has the tensors that rank 16 on all linear layers of an 8B Llama has: 42 million numbers in 448 tensors of the
 same sizes, 168 MB, and twice that in AdamW's state. The base under it is small (hidden size 256, 32 layers, rank 256), so
-that a step is short and what is measured is the save. The run is a real one: `Trainer`, the loop, verified checkpoints.
+that a step is short and what is measured is the save; --model llama-8b has the base that belongs to it. The run is a real
+one: `Trainer`, the loop, verified checkpoints.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.contenders import build_model as build_contender
+from benchmarks.contenders import contender_of
+from benchmarks.shapes import WORKS
 from etude import Trainer, TrainerCallback, TrainingArguments
 from etude.checkpoint import CheckpointStore
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ROWS, TOKENS = 512, 64
+ROWS, TOKENS, LARGE_TOKENS = 512, 64, 2048
 
 WAYS = {
     "no saves": {"in_background": False, "saves": False},
@@ -51,9 +56,13 @@ def build_model(num_layers: int) -> Any:
     return get_peft_model(LlamaForCausalLM(config), lora)
 
 
-def build_rows() -> list[dict[str, list[int]]]:
-    numbers = torch.randint(0, 512, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
-    return [{"input_ids": row, "attention_mask": [1] * TOKENS, "labels": row} for row in numbers]
+def build_large_model(device: str) -> Any:
+    return build_contender(contender_of("etude")[0], WORKS["llama-8b-4x2048"], 16, device)
+
+
+def build_rows(num_tokens: int) -> list[dict[str, list[int]]]:
+    numbers = torch.randint(0, 512, (ROWS, num_tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    return [{"input_ids": row, "attention_mask": [1] * num_tokens, "labels": row} for row in numbers]
 
 
 class StepTimes(TrainerCallback):
@@ -90,7 +99,10 @@ def measure(options: argparse.Namespace, *, in_background: bool, saves: bool) ->
             disable_tqdm=True,
             seed=0,
         )
-        trainer = Trainer(build_model(options.layers), arguments, train_dataset=build_rows(), callbacks=[times])
+        is_large = options.model == "llama-8b"
+        model = build_large_model(options.device) if is_large else build_model(options.layers)
+        rows = build_rows(LARGE_TOKENS if is_large else TOKENS)
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[times])
         stalls: list[float] = []
         trainer.throughput.count_save = stalls.append  # type: ignore[method-assign,assignment]
         trainer.train()
@@ -140,6 +152,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--model", choices=["small", "llama-8b"], default="small", help="what the adapter is attached to"
+    )
     parser.add_argument("--layers", type=int, default=32, help="32 has 42 million parameters")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=10, help="steps between two saves")
@@ -155,7 +170,7 @@ def main() -> None:
         results[way] = measure(options, **WAYS[way])
         print(way, json.dumps(results[way]), flush=True)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
-    document = {"machine": machine, "torch": torch.__version__, "layers": options.layers, "every": options.every}
+    document = {"machine": machine, "torch": torch.__version__, "model": options.model, "every": options.every}
     text = json.dumps(document | {"results": results}, indent=1)
     print(table(results))
     print(text)

@@ -264,13 +264,17 @@ def _require_nothing(weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def _ask_whether_finite(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """One answer for each device and type, as a question for each tensor would wait for a GPU each time: False where a
-    value may be NaN or infinite. A sum is no number if a summand is none; it may overflow besides."""
+    """One answer for each device and type: False where a value may be NaN or infinite. A sum is no number if a summand is
+    none; it may overflow besides.
+
+    A question for each tensor would wait for a GPU each time, and a thread for the interpreter, which training needs."""
     alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
         alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    sums = [torch._foreach_norm(each, 1) if each[0].is_cuda else [p.sum() for p in each] for each in alike.values()]
-    return [torch.stack([*each]).isfinite().all() for each in sums]
+    return [
+        torch.stack([*torch._foreach_norm(each, 1, dtype=torch.promote_types(dtype, torch.float32))]).isfinite().all()
+        for (_, dtype), each in alike.items()
+    ]
 
 
 class SaveAttempts:
