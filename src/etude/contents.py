@@ -68,17 +68,7 @@ def written_later(
     whole = not trainer.args.save_only_model
     model = adapter.with_own_settings(trainer.model)
     state, files, trained = trainer.state.as_written(), processor.files(), list(names.values())
-    gathered = copies.take(
-        {
-            "weights": tensors.in_adapters,
-            "extra": tensors.beside,
-            "arguments": arguments_of(trainer),
-            "optimizer": optimizer_of(trainer, names) if whole else None,
-            "scaler": scaler_of(trainer) if whole else None,
-            "random": random_of(trainer) if whole else None,
-            "progress": progress_of(trainer, run),
-        }
-    )
+    gathered = copies.take(tree_of(trainer, run, names, tensors))
 
     def fill(folder: Path) -> list[str]:
         copies.arrive()
@@ -96,6 +86,22 @@ def written_later(
         return said
 
     return fill
+
+
+def tree_of(
+    trainer: Trainer, run: Run, names: dict[torch.Tensor, str], tensors: adapter.SavedTensors
+) -> dict[str, Any]:
+    """What `written_later` copies: all that the steps to come will change."""
+    whole = not trainer.args.save_only_model
+    return {
+        "weights": tensors.in_adapters,
+        "extra": tensors.beside,
+        "arguments": arguments_of(trainer),
+        "optimizer": optimizer_of(trainer, names) if whole else None,
+        "scaler": scaler_of(trainer) if whole else None,
+        "random": random_of(trainer) if whole else None,
+        "progress": progress_of(trainer, run),
+    }
 
 
 def optimizer_of(trainer: Composition, names: dict[torch.Tensor, str]) -> dict[str, Any]:

@@ -327,6 +327,7 @@ class Events:
     def step_end(self, step: Step, loss: torch.Tensor, norm: Any) -> None:
         trainer, position = self.trainer, self.run.batches.position
         self.run.saves.settle(wait=False)
+        self.run.saves.rehearse()
         trainer.add_training_loss(loss)
         trainer.state.global_step = step.number
         trainer.state.epoch = step.epoch + position.batches_done / self.run.plan.batches_per_epoch

@@ -13,7 +13,7 @@ import torch
 from etude.checkpoint import CheckpointStore
 from etude.checkpoint.copies import Copies
 from etude.checkpoint.writer import Done, InBackground, InPlace, Save
-from etude.contents import Fill, ProcessorFiles, processor_of, written_later, written_now
+from etude.contents import Fill, ProcessorFiles, processor_of, tree_of, written_later, written_now
 from etude.errors import CheckpointError, NonFiniteError
 from etude.estimates import checkpoint_bytes, optimizer_state_bytes
 from etude.hooks.base import is_overridden
@@ -39,6 +39,9 @@ SAVE_HOOKS = (
     "collect_callback_states",
 )
 """Whoever overrides one of these may look at the run while it is being saved, or at the files when it returns."""
+
+REHEARSALS = 2
+"""After as many steps everything is where it stays: the optimizer has its state after the first."""
 
 COPIES_OF_A_CHECKPOINT = 3
 """In memory at most: what is saved, a file of it as it is written, and another one for transformers."""
@@ -66,6 +69,8 @@ class Saves:
             except CheckpointError as error:
                 self.why_in_place = str(error)
         self.writer: InPlace | InBackground = InBackground() if self.why_in_place is None else InPlace()
+        is_gathered = self.writer.needs_copies and trainer.args.device.type == self._copies.device_type
+        self._rehearsals_left = REHEARSALS if is_gathered else 0
         if self.writer.needs_copies and self._tensors is not None:  # what takes long only the first time
             self._copies.reserve(_sizes_on_gpu(trainer, self._tensors))
             self._names.of(trainer.model)
@@ -84,6 +89,15 @@ class Saves:
             if not self._is_attended and self.writer.needs_copies:
                 self.stalls_in_seconds.append(seconds)
             self._is_attended = True
+
+    def rehearse(self) -> None:
+        """After the first steps: find the places of all that will be copied, so that the first save holds training up no
+        longer than the others."""
+        if self._rehearsals_left and self._tensors is not None:
+            self._rehearsals_left -= 1
+            names = self._names.of(self.trainer.model)
+            if self._tensors.are_all_of(names):
+                self._copies.rehearse(tree_of(self.trainer, self.run, names, self._tensors))
 
     def save(self, trial: Any) -> None:
         """Write and commit `checkpoint-<step>`, then retire those that `save_total_limit` has no room for.
@@ -127,6 +141,7 @@ class Saves:
             if self._tensors is None:  # what is trained has changed, and cannot be copied any more
                 self.writer = InPlace()
         if self.writer.needs_copies and self._tensors is not None:
+            self._rehearsals_left = 0  # what is being written has these places
             return written_later(trainer, run, names, self._tensors, self._processor, self._copies, require)
         return written_now(trainer, run, names, require)
 

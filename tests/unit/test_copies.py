@@ -180,6 +180,19 @@ def test_what_is_under_way_arrives_before_its_memory_is_used_again(waits: list[i
     assert waits == [1] * 4 and other[0].tolist() == tensors[0].tolist()
 
 
+def test_a_rehearsal_finds_the_places_and_copies_nothing(waits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, tensors = Copies("cpu"), numbered(20, 100)
+    for _ in range(2):
+        copies.rehearse({"weights": tensors, "alone": "text"})
+    layout = copies._pages._layout
+    assert layout._rows and not copies._pages._under_way
+    monkeypatch.setattr(pages, "_Layout", lambda tensors: pytest.fail("the places are known"))
+    copied = copies.take(tensors)
+    copies.arrive()
+    assert_equal(copied, tensors)
+    assert copies._pages._layout is layout and waits == [1]
+
+
 @pytest.mark.parametrize("change", ["more", "fewer", "shape", "type", "order", "stride"])
 def test_other_tensors_than_before(change: str, small_pages: None) -> None:
     copies, tensors = Copies("cpu"), [tensor.reshape(2, -1) for tensor in numbered(20, 20, 100)]

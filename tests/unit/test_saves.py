@@ -169,6 +169,27 @@ def test_the_same_bytes_where_they_are_copied_while_training_goes_on(
     assert afterwards.waited_in == ["etude-checkpoint"] * 6
 
 
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_the_first_save_finds_the_places_of_its_copies(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are looked for once, before there is anything to be saved."""
+    settings: dict[str, Any] = SAVING | {"save_steps": every}
+    short_trainer(output_dir="in-place", save_in_background=False, **settings).train()
+    Afterwards(monkeypatch)
+    found: list[tuple[int, int]] = []
+    layout = pages._Layout
+
+    def find(tensors: Any) -> Any:
+        found.append((trainer.state.global_step, len(tensors)))
+        return layout(tensors)
+
+    trainer = short_trainer(output_dir="rehearsed", **settings)
+    monkeypatch.setattr(pages, "_Layout", find)
+    trainer.train()
+    num_tensors = 4 * len([p for p in trainer.model.parameters() if p.requires_grad])  # with AdamW's state
+    assert [(step, count >= num_tensors) for step, count in found if count] == [(0, True)]  # when the first step ends
+    assert contents_of("rehearsed") == contents_of("in-place")
+
+
 def test_a_save_that_never_waits_for_its_copies_gives_their_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
     Afterwards(monkeypatch)
     begin, go_on, under_way = CheckpointStore.begin, threading.Event(), []

@@ -40,6 +40,7 @@ class Copies:
     """
 
     def __init__(self, device_type: str = "cuda") -> None:
+        self.device_type = device_type
         self._is_gathered: Callable[[torch.Tensor], bool] = operator.attrgetter(f"is_{device_type}")
         self._pages = Pages(pinned=device_type == "cuda")
         self._free: dict[tuple[Any, ...], list[torch.Tensor]] = defaultdict(list)
@@ -48,6 +49,10 @@ class Copies:
     def reserve(self, sizes: Iterable[int]) -> None:
         """Take the memory ahead for tensors of a GPU with so many bytes each, other than those larger than a page."""
         self._pages.reserve(sum(size for size in sizes if size <= PAGE_BYTES))
+
+    def rehearse(self, tree: Any) -> None:
+        """Find the places of what is gathered of a tree that `take` will be given later."""
+        self._pages.find(self._copied_tree(tree).gathered)
 
     @torch.no_grad()
     def take(self, tree: Any) -> Any:

@@ -59,6 +59,11 @@ class Pages:
         self._layout = layout
         return False
 
+    def find(self, tensors: Sequence[Tensor]) -> None:
+        """What `fit` and `begin` would look for and keep, without a copy."""
+        self.fit(tensors)
+        self._layout.rows_of(tensors)
+
     def begin(self, tensors: Sequence[Tensor]) -> None:
         """Copy tensors that `fit` to `hosts`. They may change as soon as this returns; the copies are there after `arrive`."""
         self.arrive()
