@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etude.callbacks import TrainerState
 from etude.checkpoint import codec, transformers_files
@@ -33,14 +33,23 @@ Fill = Callable[[Path], list[str]]
 """Writes the files of a checkpoint into a folder; returns what is to be said about them."""
 
 Require = Callable[[Mapping[str, "torch.Tensor"]], None]
-"""Raises an error where trained weights are not fit to be saved, before anything is written."""
+"""Raises an error where trained weights are not fit to be saved."""
 
 
-def written_now(trainer: Trainer, run: Run, names: dict[torch.Tensor, str], require: Require) -> Fill:
+class Contents(NamedTuple):
+    """What `Save` is given: to be called in this order."""
+
+    check: Callable[[], None]
+    fill: Fill
+
+
+def written_now(trainer: Trainer, run: Run, names: dict[torch.Tensor, str], require: Require) -> Contents:
     """The run as it is when the files are written."""
 
-    def fill(folder: Path) -> list[str]:
+    def check() -> None:
         require({name: weight.detach() for weight, name in names.items()})
+
+    def fill(folder: Path) -> list[str]:
         trainer.save_model(str(folder), _internal_call=True)
         if not trainer.args.save_only_model:
             trainer._save_optimizer_and_scheduler(str(folder))
@@ -51,7 +60,7 @@ def written_now(trainer: Trainer, run: Run, names: dict[torch.Tensor, str], requ
         codec.save_tree(folder, PROGRESS, progress_of(trainer, run))
         return said
 
-    return fill
+    return Contents(check, fill)
 
 
 def written_later(
@@ -62,7 +71,7 @@ def written_later(
     processor: ProcessorFiles,
     copies: Copies,
     require: Require,
-) -> Fill:
+) -> Contents:
     """The run as it is now; `names` are those of the parameters that are trained."""
     trainer.collect_callback_states()
     whole = not trainer.args.save_only_model
@@ -70,10 +79,13 @@ def written_later(
     state, files, trained = trainer.state.as_written(), processor.files(), list(names.values())
     gathered = copies.take(tree_of(trainer, run, names, tensors))
 
-    def fill(folder: Path) -> list[str]:
+    def check() -> None:
         copies.arrive()
         written = gathered["weights"] | gathered["extra"]
         require({name: written[name] for name in trained if name in written})
+
+    def fill(folder: Path) -> list[str]:
+        copies.arrive()
         adapter.save_weights(model, folder, gathered["weights"], gathered["extra"])
         codec.save_files(folder, files)
         write_arguments(folder, gathered["arguments"])
@@ -85,7 +97,7 @@ def written_later(
         codec.save_tree(folder, PROGRESS, gathered["progress"])
         return said
 
-    return fill
+    return Contents(check, fill)
 
 
 def tree_of(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from etude.checkpoint import CheckpointStore
 from etude.checkpoint.copies import Copies
 from etude.checkpoint.writer import Done, InBackground, InPlace, Save
-from etude.contents import Fill, ProcessorFiles, processor_of, tree_of, written_later, written_now
+from etude.contents import Contents, ProcessorFiles, processor_of, tree_of, written_later, written_now
 from etude.errors import CheckpointError, NonFiniteError
 from etude.estimates import checkpoint_bytes, optimizer_state_bytes
 from etude.hooks.base import is_overridden
@@ -61,6 +62,7 @@ class Saves:
         self._processor = ProcessorFiles(processor_of(trainer))
         self._is_attended = True
         self._attempts = SaveAttempts()
+        self._gone_wrong: NonFiniteError | None = None
         self._best_before: tuple[str | None] | None = None
         """The best checkpoint before the save of a better one, which may fail yet."""
         if self.why_in_place is None:
@@ -91,13 +93,18 @@ class Saves:
             self._is_attended = True
 
     def rehearse(self) -> None:
-        """After the first steps: find the places of all that will be copied, so that the first save holds training up no
+        """After the first updates: find the places of all that will be copied, so that the first save holds training up no
         longer than the others."""
-        if self._rehearsals_left and self._tensors is not None:
-            self._rehearsals_left -= 1
-            names = self._names.of(self.trainer.model)
+        trainer = self.trainer
+        if not self._rehearsals_left or self._tensors is None or not getattr(trainer.optimizer, "state", None):
+            return
+        self._rehearsals_left -= 1
+        try:
+            names = self._names.of(trainer.model)
             if self._tensors.are_all_of(names):
-                self._copies.rehearse(tree_of(self.trainer, self.run, names, self._tensors))
+                self._copies.rehearse(tree_of(trainer, self.run, names, self._tensors))
+        except Exception:  # nobody has asked for a checkpoint yet; whoever does will hear of it
+            self._rehearsals_left = 0
 
     def save(self, trial: Any) -> None:
         """Write and commit `checkpoint-<step>`, then retire those that `save_total_limit` has no room for.
@@ -119,7 +126,8 @@ class Saves:
             state.best_model_checkpoint = str(root / f"checkpoint-{state.best_global_step}")
         versions = {"versions": trainer.run_record["versions"]}
         limit, best = args.save_total_limit, _step_named(state.best_model_checkpoint)
-        self._write(Save(store, state.global_step, self._fill(names, store), versions, limit, best))
+        check, fill = self._contents(names, store)
+        self._write(Save(store, state.global_step, fill, versions, limit, best, check))
         run.events.saved_at = (state.global_step, run.events.epoch_ended)
         run.events.pending = {}
 
@@ -128,11 +136,10 @@ class Saves:
             self.writer.write(save)
             if self._is_attended:
                 self._note(self.writer.finished(wait=True))
-        except NonFiniteError:
-            self._withdraw()
-            raise
+        except NonFiniteError as error:
+            self._stop_for(error)
 
-    def _fill(self, names: dict[torch.Tensor, str], store: CheckpointStore) -> Fill:
+    def _contents(self, names: dict[torch.Tensor, str], store: CheckpointStore) -> Contents:
         trainer, run = self.trainer, self.run
         stops = trainer.args.on_nonfinite == "stop"
         require = _RequireFinite(store, trainer.state.global_step) if stops else _require_nothing
@@ -150,15 +157,16 @@ class Saves:
 
         Raises:
             CheckpointError: it failed, as did those before it.
-            NonFiniteError: a weight was NaN or infinite; nothing was written.
+            NonFiniteError: a weight was NaN or infinite; nothing was written. Raised each time from then on.
         """
+        if self._gone_wrong is not None:
+            raise self._gone_wrong
         try:
             done = self.writer.finished(wait=wait)
         except CheckpointError as error:
             self.failed(error, is_final=False)
-        except NonFiniteError:
-            self._withdraw()
-            raise
+        except NonFiniteError as error:
+            self._stop_for(error)
         else:
             self._note(done)
 
@@ -170,6 +178,11 @@ class Saves:
         """
         self._withdraw()
         self._attempts.failed(error, is_final=is_final, say=self.trainer.notices.say)
+
+    def _stop_for(self, error: NonFiniteError) -> NoReturn:
+        self._withdraw()
+        self._gone_wrong = error
+        raise error
 
     def _withdraw(self) -> None:
         """There is no checkpoint of this step, nor is it the best one."""
@@ -198,10 +211,14 @@ class Saves:
 
     def close(self) -> None:
         """Wait for a save that goes on, however training ended, and give the memory of the copies back."""
+        why_it_ended = sys.exception()
         try:
             self._note(self.writer.finished(wait=True))
         except Exception as error:  # why training ended matters more
+            self._withdraw()
             self.trainer.notices.say(f"checkpoint not written: {error}")
+            if why_it_ended is not None:
+                why_it_ended.add_note(f"Before that a checkpoint could not be written: {error}")
         self._copies = Copies()
 
 

@@ -105,6 +105,35 @@ def test_every_step_is_saved_as_it_was_while_graphs_are_captured(tmp_path: Path)
         assert all(torch.equal(state[number]["exp_avg_sq"], each) for number, each in enumerate(watch.moments[step]))
 
 
+def test_a_rehearsal_leaves_graphs_their_streams(tmp_path: Path) -> None:
+    """Most sizes of ragged micro-batches are captured after it, and before the first save."""
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            copies, graphs = trainer._run.saves._copies, trainer.graphs
+            self.has_places, self.num_graphs = bool(copies._pages._layout._rows), graphs.num_graphs
+            assert graphs.failure is None
+
+    watch = Watch()
+    base = tiny_llama(hidden_size=256, intermediate_size=512, head_dim=64, max_position_embeddings=512).bfloat16()
+    trainer = short_trainer(
+        with_lora(base, task_type="CAUSAL_LM"),
+        language_rows(160, seed=1, shortest=5, longest=300),
+        output_dir=str(tmp_path),
+        use_cpu=False,
+        bf16=True,
+        cuda_graphs=True,
+        per_device_train_batch_size=4,
+        max_steps=39,
+        save_strategy="steps",
+        save_steps=39,
+        report_to="none",
+        callbacks=[watch],
+    )
+    trainer.train()
+    assert watch.has_places and watch.num_graphs > 0 and checkpoints(tmp_path) == [39]
+
+
 # Copies
 
 NUM_BYTES = 4 * (1 << 20)

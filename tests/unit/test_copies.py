@@ -181,11 +181,13 @@ def test_what_is_under_way_arrives_before_its_memory_is_used_again(waits: list[i
 
 
 def test_a_rehearsal_finds_the_places_and_copies_nothing(waits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    copies, tensors = Copies("cpu"), numbered(20, 100)
+    copies, tensors = Copies("cpu"), [torch.nn.Parameter(tensor) for tensor in numbered(20, 100)]
     for _ in range(2):
         copies.rehearse({"weights": tensors, "alone": "text"})
     layout = copies._pages._layout
-    assert layout._rows and not copies._pages._under_way
+    kept = [row for blocks in layout._rows.values() for block in blocks for row in block]
+    assert len(kept) == 2 and not copies._pages._under_way
+    assert all(row.grad_fn is None for row in kept)  # a CUDA graph must not meet nodes of another stream
     monkeypatch.setattr(pages, "_Layout", lambda tensors: pytest.fail("the places are known"))
     copied = copies.take(tensors)
     copies.arrive()

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from etude import Trainer, TrainerCallback
-from etude.errors import DataError, ModelError, NonFiniteError
+from etude.checkpoint import CheckpointStore
+from etude.errors import CheckpointError, DataError, ModelError, NonFiniteError
 from short_run import checkpoints, logged, short_trainer
 from tiny import IGNORED, adapter_of, causal_lora, language_rows, same_bits
 
@@ -168,6 +169,72 @@ def test_the_best_checkpoint_is_not_one_that_was_not_written() -> None:
     with pytest.raises(NonFiniteError, match=f"step {BAD_STEP}: the update"):
         trainer.train()
     assert trainer.state.best_model_checkpoint == f"out/checkpoint-{BAD_STEP - 1}"
+
+
+def spoiled_adapter(*callbacks: TrainerCallback, **settings: Any) -> Trainer:
+    spoil = Spoil("q_proj.lora_A", after_update=True)
+    trainer: Trainer = short_trainer(rows=ROWS, callbacks=[spoil, *callbacks], **(RUN | settings))
+    return trainer
+
+
+def test_who_passes_over_the_error_hears_it_again() -> None:
+    """A callback that saves by hand, whatever comes of it: no other step is blamed for the weights."""
+
+    class SaveAnyhow(TrainerCallback):
+        def __init__(self) -> None:
+            self.heard: list[Exception] = []
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == BAD_STEP:
+                try:
+                    trainer.save_model("by-hand")
+                except NonFiniteError as error:
+                    self.heard.append(error)
+
+    save_anyhow = SaveAnyhow()
+    trainer = spoiled_adapter(save_anyhow)
+    with pytest.raises(NonFiniteError, match=f"step {BAD_STEP}: the update"):
+        trainer.train()
+    assert len(save_anyhow.heard) == 1
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_broken_weights_are_told_apart_from_a_full_disk(monkeypatch: pytest.MonkeyPatch, in_background: bool) -> None:
+    begin = CheckpointStore.begin
+
+    def begin_or_fail(store: CheckpointStore, step: int) -> Any:
+        if step == BAD_STEP:
+            raise CheckpointError("no space left", path=store.root)
+        return begin(store, step)
+
+    monkeypatch.setattr(CheckpointStore, "begin", begin_or_fail)
+    with pytest.raises(NonFiniteError, match=f"step {BAD_STEP}: the update"):
+        spoiled_adapter(save_in_background=in_background).train()
+
+
+def test_a_step_that_goes_wrong_after_a_save_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(store: CheckpointStore, step: int) -> Any:
+        raise CheckpointError("no space left", path=store.root)
+
+    monkeypatch.setattr(CheckpointStore, "begin", fail)
+    with pytest.raises(NonFiniteError, match=f"step {BAD_STEP}, micro-batch 0") as caught:
+        short_trainer(rows=ROWS, trainer_class=spoiled(NAN, 0), **RUN).train()  # the third save in a row fails then
+    assert any("no space left" in note for note in caught.value.__notes__)
+
+
+def test_another_error_ends_the_run_before_the_thread_is_heard() -> None:
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == BAD_STEP:
+                trainer._run.saves.writer.wait()
+                raise KeyError("of the user")
+
+    trainer: Any = spoiled_adapter(Stop())
+    with pytest.raises(KeyError, match="of the user") as caught:
+        trainer.train()
+    assert any(f"step {BAD_STEP}: the update made weights NaN" in note for note in caught.value.__notes__)
+    assert any("checkpoint not written: step 4" in line for line in trainer.notices.lines)
+    assert checkpoints() == list(range(1, BAD_STEP))
 
 
 def test_an_adapter_that_is_nan_is_saved_where_that_was_asked_for() -> None:

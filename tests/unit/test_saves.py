@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback as TheirCallback
 
 from etude import Trainer, TrainerCallback, TrainerState, contents
+from etude import run as run_module
 from etude.callbacks import CallbackHandler, DefaultFlowCallback
 from etude.checkpoint import CheckpointStore, pages
 from etude.checkpoint.copies import Copies
@@ -190,17 +191,55 @@ def test_the_first_save_finds_the_places_of_its_copies(every: int, monkeypatch: 
     assert contents_of("rehearsed") == contents_of("in-place")
 
 
+def test_a_rehearsal_waits_for_the_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under loss scaling the first updates may be left out: then there is no state of the optimizer yet."""
+    Afterwards(monkeypatch)
+    rehearsed: list[tuple[int, bool]] = []
+    rehearse = Copies.rehearse
+
+    def watched(copies: Copies, tree: Any) -> None:
+        rehearsed.append((trainer.state.global_step, bool(tree["optimizer"]["tree"]["state"])))
+        rehearse(copies, tree)
+
+    monkeypatch.setattr(Copies, "rehearse", watched)
+    trainer = short_trainer(**(SAVING | {"save_steps": 6}))
+    update = run_module.Update.apply
+
+    def apply(self: Any, at: Any) -> None:
+        if at.number > 2:
+            update(self, at)
+
+    monkeypatch.setattr(run_module.Update, "apply", apply)
+    trainer.train()
+    assert rehearsed == [(2, True), (3, True)]
+
+
+def test_a_rehearsal_that_fails_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    Afterwards(monkeypatch)
+    optimizer_tree, calls = contents.optimizer_of, []
+
+    def not_yet(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("no state yet")
+        return optimizer_tree(*arguments)
+
+    monkeypatch.setattr(contents, "optimizer_of", not_yet)
+    short_trainer(**(SAVING | {"save_steps": 3})).train()
+    assert checkpoints() == [3, 6] and len(calls) == 3
+
+
 def test_a_save_that_never_waits_for_its_copies_gives_their_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
     Afterwards(monkeypatch)
-    begin, go_on, under_way = CheckpointStore.begin, threading.Event(), []
+    make, go_on, under_way = Save.make, threading.Event(), []
 
-    def begin_or_fail(store: CheckpointStore, step: int) -> Any:
-        if step == 2:
+    def make_or_fail(save: Save) -> list[str]:
+        if save.step == 2:
             assert go_on.wait(30)
-            raise CheckpointError("no such disk", path=store.root)
-        return begin(store, step)
+            raise CheckpointError("no such disk", path=save.store.root)
+        return make(save)
 
-    monkeypatch.setattr(CheckpointStore, "begin", begin_or_fail)
+    monkeypatch.setattr(Save, "make", make_or_fail)
 
     def look() -> None:
         under_way.append(len(trainer._run.saves._copies._pages._under_way))

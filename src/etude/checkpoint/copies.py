@@ -50,8 +50,10 @@ class Copies:
         """Take the memory ahead for tensors of a GPU with so many bytes each, other than those larger than a page."""
         self._pages.reserve(sum(size for size in sizes if size <= PAGE_BYTES))
 
+    @torch.no_grad()  # or the views of parameters that are kept would keep nodes of autograd, on the stream of now
     def rehearse(self, tree: Any) -> None:
-        """Find the places of what is gathered of a tree that `take` will be given later."""
+        """Find the places of what is gathered of a tree that `take` will be given later. The memory of its tensors lives
+        until then."""
         self._pages.find(self._copied_tree(tree).gathered)
 
     @torch.no_grad()

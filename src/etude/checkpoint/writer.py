@@ -36,6 +36,8 @@ class Save:
     """What the manifest records beside the files."""
     limit: int | None = None
     best: int | None = None
+    check: Callable[[], None] = field(default=lambda: None)
+    """Raises an error where the contents are not fit to be saved, before a folder is made."""
 
     def make(self) -> list[str]:
         """Write and commit it, and only then retire those that `limit` has no room for. Returns what is to be said.
@@ -43,6 +45,7 @@ class Save:
         Raises:
             CheckpointError: it could not be written; older checkpoints are intact.
         """
+        self.check()
         with self.store.begin(self.step) as draft:
             with draft.failures_named():
                 said = self.fill(draft.path)

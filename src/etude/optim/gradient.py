@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from etude.errors import ModelError, NonFiniteError
+from etude.errors import CheckpointError, ModelError, NonFiniteError
 from etude.optim.clipping import clip_gradients
 from etude.optim.finite import CheckAtOnce, CheckLate, Finding, NoCheck, leaves_updates_out
 from etude.precision import LossScaler
@@ -124,12 +124,19 @@ class Gradient:
         return CheckAtOnce(self._complain, norm_counts=not self.scaler.tolerates_overflow)
 
     def _complain(self, finding: Finding) -> None:
-        self.before_stopping()
+        error = self._error_of(finding)
+        try:
+            self.before_stopping()
+        except CheckpointError as failure:
+            error.add_note(f"Besides, a checkpoint could not be written: {failure}")
+        raise error
+
+    def _error_of(self, finding: Finding) -> NonFiniteError:
         culprit = next((batch for batch, share in finding.shares if not math.isfinite(float(share))), None)
         norm = math.nan if finding.norm is None else float(finding.norm)
         what = f"the loss is {float(finding.loss)}" if culprit is not None else f"the gradient norm is {norm}"
         batches = [culprit] if culprit is not None else [batch for batch, _ in finding.shares]
-        raise NonFiniteError(
+        return NonFiniteError(
             f"{what}. The update was not made, so the weights and the last checkpoint are as they were. Look at these "
             "rows, lower learning_rate or max_grad_norm, or pass on_nonfinite='continue' to go on regardless",
             step=finding.step.number,
