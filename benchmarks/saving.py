@@ -165,12 +165,20 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--out", type=Path, default=None, help="a JSON file for the results")
     options = parser.parse_args()
+    if options.model == "llama-8b" and options.device == "cpu":
+        parser.error("--model llama-8b takes 16 GB of a GPU: add --device cuda")
     results = {}
     for way in options.ways:
         results[way] = measure(options, **WAYS[way])
         print(way, json.dumps(results[way]), flush=True)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
-    document = {"machine": machine, "torch": torch.__version__, "model": options.model, "every": options.every}
+    document = {
+        "machine": machine,
+        "torch": torch.__version__,
+        "model": options.model,
+        "layers": options.layers,
+        "every": options.every,
+    }
     text = json.dumps(document | {"results": results}, indent=1)
     print(table(results))
     print(text)

@@ -252,9 +252,8 @@ def _why_no_float32_copy(trainer: Trainer, packed: list[Any]) -> str | None:
 def _float32_copy(model: nn.Module) -> nn.Module:
     """The model with float32 weights; those in 4 or 8 bits are unpacked."""
     instead = {id(module): unpacked(module) for module in model.modules() if quantized_kind(module) is not None}
-    return nn.Module.float(
-        copy.deepcopy(model, instead)
-    )  # transformers' own `float` refuses models that were quantised
+    # Transformers' own `float` refuses models that were quantised.
+    return nn.Module.float(copy.deepcopy(model, instead))
 
 
 def _compute_where_it_fits(

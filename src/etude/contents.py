@@ -37,7 +37,7 @@ Require = Callable[[Mapping[str, "torch.Tensor"]], None]
 
 
 class Contents(NamedTuple):
-    """What `Save` is given: to be called in this order."""
+    """What `Save` is given: to be called in this order. Copies are only there after the check."""
 
     check: Callable[[], None]
     fill: Fill
@@ -85,7 +85,6 @@ def written_later(
         require({name: written[name] for name in trained if name in written})
 
     def fill(folder: Path) -> list[str]:
-        copies.arrive()
         adapter.save_weights(model, folder, gathered["weights"], gathered["extra"])
         codec.save_files(folder, files)
         write_arguments(folder, gathered["arguments"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,7 +15,7 @@ import torch
 from etude.checkpoint import CheckpointStore
 from etude.checkpoint.copies import Copies
 from etude.checkpoint.writer import Done, InBackground, InPlace, Save
-from etude.contents import Contents, ProcessorFiles, processor_of, tree_of, written_later, written_now
+from etude.contents import Contents, ProcessorFiles, Require, processor_of, tree_of, written_later, written_now
 from etude.errors import CheckpointError, NonFiniteError
 from etude.estimates import checkpoint_bytes, optimizer_state_bytes
 from etude.hooks.base import is_overridden
@@ -22,6 +23,7 @@ from etude.model.adapter import SavedTensors, TrainedNames, saved_tensors
 from etude.observe.amounts import of_bytes
 from etude.observe.machine import free_memory_bytes
 from etude.observe.trackers import uploads_checkpoints
+from etude.optim.finite import not_finite
 
 if TYPE_CHECKING:
     from etude.run import Run
@@ -141,8 +143,9 @@ class Saves:
 
     def _contents(self, names: dict[torch.Tensor, str], store: CheckpointStore) -> Contents:
         trainer, run = self.trainer, self.run
-        stops = trainer.args.on_nonfinite == "stop"
-        require = _RequireFinite(store, trainer.state.global_step) if stops else _require_nothing
+        require: Require = _require_nothing
+        if trainer.args.on_nonfinite == "stop":
+            require = functools.partial(_require_finite, store=store, step=trainer.state.global_step)
         if self.writer.needs_copies and (self._tensors is None or not self._tensors.are_all_of(names)):
             self._tensors = saved_tensors(trainer.model)
             if self._tensors is None:  # what is trained has changed, and cannot be copied any more
@@ -265,48 +268,26 @@ def save_listeners(trainer: Trainer) -> list[str]:
     return [type(each).__name__ for each in listeners if uploads_checkpoints(each) is not False]
 
 
-class _RequireFinite:
-    """Loss and gradient were finite, but what the optimizer made of them may not be."""
+def _require_finite(weights: Mapping[str, torch.Tensor], store: CheckpointStore, step: int) -> None:
+    """Loss and gradient were finite, but what the optimizer made of them may not be.
 
-    def __init__(self, store: CheckpointStore, step: int) -> None:
-        self.store, self.step = store, step
-
-    @torch.no_grad()
-    def __call__(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """
-        Raises:
-            NonFiniteError: a weight is NaN or infinite.
-        """
-        if all(map(bool, _ask_whether_finite(weights.values()))):
-            return
-        wrong = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-        if not wrong:
-            return
-        committed = self.store.committed()
-        intact = f"{committed[-1].path.name} is the last sound one" if committed else "there is no earlier one"
-        raise NonFiniteError(
-            f"the update made weights NaN or infinite ({len(wrong)} tensors, first: {wrong[0]}), so no checkpoint is written; "
-            f"{intact}. Lower learning_rate, or pass on_nonfinite='continue' to go on regardless",
-            step=self.step,
-        )
+    Raises:
+        NonFiniteError: a weight is NaN or infinite.
+    """
+    wrong = not_finite(weights)
+    if not wrong:
+        return
+    committed = store.committed()
+    intact = f"{committed[-1].path.name} is the last sound one" if committed else "there is no earlier one"
+    raise NonFiniteError(
+        f"the update made weights NaN or infinite ({len(wrong)} tensors, first: {wrong[0]}), so no checkpoint is written; "
+        f"{intact}. Lower learning_rate, or pass on_nonfinite='continue' to go on regardless",
+        step=step,
+    )
 
 
 def _require_nothing(weights: Mapping[str, torch.Tensor]) -> None:
     """For runs that go on regardless."""
-
-
-def _ask_whether_finite(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """One answer for each device and type: False where a value may be NaN or infinite. A sum is no number if a summand is
-    none; it may overflow besides.
-
-    A question for each tensor would wait for a GPU each time, and a thread for the interpreter, which training needs."""
-    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for tensor in tensors:
-        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return [
-        torch.stack([*torch._foreach_norm(each, 1, dtype=torch.promote_types(dtype, torch.float32))]).isfinite().all()
-        for (_, dtype), each in alike.items()
-    ]
 
 
 class SaveAttempts:

@@ -74,24 +74,28 @@ class Watch(TrainerCallback):
         self.num_graphs = self.trainer.graphs.num_graphs
 
 
-def test_every_step_is_saved_as_it_was_while_graphs_are_captured(tmp_path: Path) -> None:
-    """Each copy is on its way, and the one before is being written, while the next step is made."""
-    watch = Watch()
+def ragged_trainer(folder: Path, callback: TrainerCallback, *, num_steps: int, every: int) -> Any:
     base = tiny_llama(hidden_size=256, intermediate_size=512, head_dim=64, max_position_embeddings=512).bfloat16()
-    trainer = short_trainer(
+    return short_trainer(
         with_lora(base, task_type="CAUSAL_LM"),
         language_rows(40, seed=1, shortest=5, longest=300),
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         use_cpu=False,
         bf16=True,
         cuda_graphs=True,
         per_device_train_batch_size=4,
-        max_steps=24,
+        max_steps=num_steps,
         save_strategy="steps",
-        save_steps=1,
+        save_steps=every,
         report_to="none",
-        callbacks=[watch],
+        callbacks=[callback],
     )
+
+
+def test_every_step_is_saved_as_it_was_while_graphs_are_captured(tmp_path: Path) -> None:
+    """Each copy is on its way, and the one before is being written, while the next step is made."""
+    watch = Watch()
+    trainer = ragged_trainer(tmp_path, watch, num_steps=24, every=1)
     watch.trainer = trainer
     trainer.train()
     assert isinstance(trainer._run.saves.writer, InBackground) and watch.num_graphs > 0
@@ -115,21 +119,7 @@ def test_a_rehearsal_leaves_graphs_their_streams(tmp_path: Path) -> None:
             assert graphs.failure is None
 
     watch = Watch()
-    base = tiny_llama(hidden_size=256, intermediate_size=512, head_dim=64, max_position_embeddings=512).bfloat16()
-    trainer = short_trainer(
-        with_lora(base, task_type="CAUSAL_LM"),
-        language_rows(160, seed=1, shortest=5, longest=300),
-        output_dir=str(tmp_path),
-        use_cpu=False,
-        bf16=True,
-        cuda_graphs=True,
-        per_device_train_batch_size=4,
-        max_steps=39,
-        save_strategy="steps",
-        save_steps=39,
-        report_to="none",
-        callbacks=[watch],
-    )
+    trainer = ragged_trainer(tmp_path, watch, num_steps=39, every=39)
     trainer.train()
     assert watch.has_places and watch.num_graphs > 0 and checkpoints(tmp_path) == [39]
 

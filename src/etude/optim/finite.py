@@ -1,9 +1,10 @@
-"""Whether the loss and the gradient of a step are numbers: asked before the update, answered without making a GPU wait."""
+"""Whether the loss and the gradient of a step are numbers: asked before the update, answered without making a GPU wait.
+What the update has made of the weights is asked before they are saved."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -86,3 +87,22 @@ def leaves_updates_out(optimizer: Any) -> bool:
     """Whether an optimizer looks at `found_inf` on the device: torch's fused AdamW, Adam, SGD and the like."""
     groups = getattr(optimizer, "param_groups", [])
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(group.get("fused") for group in groups)
+
+
+@torch.no_grad()
+def not_finite(weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of those that hold a NaN or an infinity.
+
+    First one question for each device and type: one for each tensor would wait for a GPU each time, and a thread for the
+    interpreter, which training needs. A sum is no number if a summand is none; it may overflow besides.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for weight in weights.values():
+        alike.setdefault((weight.device, weight.dtype), []).append(weight)
+    are_finite = [
+        torch.stack([*torch._foreach_norm(each, 1, dtype=torch.promote_types(dtype, torch.float32))]).isfinite().all()
+        for (_, dtype), each in alike.items()
+    ]
+    if all(map(bool, are_finite)):
+        return []
+    return [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
