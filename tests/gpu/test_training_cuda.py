@@ -209,8 +209,23 @@ def test_the_classic_script_on_a_billion_parameters(tmp_path: Path, precision: s
     assert losses(again) == pytest.approx(losses(whole), rel=2e-2)
 
 
+class StepMemory(TrainerCallback):
+    """Measures what steps from step 3 on need beside what lies there when step 3 begins."""
+
+    allocated = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            torch.cuda.reset_peak_memory_stats()
+            self.allocated = torch.cuda.memory_allocated()
+
+    @property
+    def needed_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated() - self.allocated
+
+
 class LessMemory(TrainerCallback):
-    """From step 3 on the device has hardly more memory than the model, the optimizer and half a step's batch take."""
+    """From step 3 on the device has `spare_bytes` beside what lies there when step 3 begins."""
 
     def __init__(self, spare_bytes: int) -> None:
         self.spare_bytes = spare_bytes
@@ -219,20 +234,25 @@ class LessMemory(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
             torch.cuda.empty_cache()
-            reserved = torch.cuda.memory_reserved()
-            while torch.cuda.memory_reserved() == reserved:  # what earlier tests have left free between their tensors
-                self.fillers.append(torch.empty(2**20, dtype=torch.uint8, device="cuda"))
-            self.fillers.pop()
+            # What earlier tests have left free between their tensors: those of up to 1 MiB have a pool of their own.
+            for size in (2**20, 2**21):
+                self.fill(size)
             torch.cuda.empty_cache()
             allowed = torch.cuda.memory_reserved() + self.spare_bytes
             torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+
+    def fill(self, size: int) -> None:
+        reserved = torch.cuda.memory_reserved()
+        while torch.cuda.memory_reserved() == reserved:
+            self.fillers.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        self.fillers.pop()
 
 
 @pytest.mark.parametrize("fast_path", [True, False], ids=["packed", "general"])
 def test_a_run_goes_on_where_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast_path: bool) -> None:
     curves, adapters = [], []
     notices: list[str] = []
-    needed = 0
+    enough = StepMemory()
     for name in ("enough", "less"):
         torch.manual_seed(0)
         base = tiny_llama(hidden_size=512, intermediate_size=1536, head_dim=64, max_position_embeddings=1024)
@@ -246,14 +266,14 @@ def test_a_run_goes_on_where_memory_runs_out(tmp_path: Path, monkeypatch: pytest
             data_collator=Padded(),
         )  # fmt: skip
         if name == "less":
-            trained.add_callback(LessMemory(spare_bytes=int(0.6 * needed)))
+            trained.add_callback(LessMemory(spare_bytes=int(0.6 * enough.needed_bytes)))
             monkeypatch.setattr(trained.notices, "say", notices.append)
-        torch.cuda.reset_peak_memory_stats()
+        else:
+            trained.add_callback(enough)
         try:
             trained.train()
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
-        needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         curves.append(losses(trained))
         adapters.append(adapter_of(trained.model))
     assert any("out of memory at step 3" in line for line in notices), notices
