@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etude.kernels import fused, fused_gate, fused_norm, reference, transfer
+from etude.kernels import fused, fused_factors, fused_gate, fused_norm, reference, transfer
 
 NOISE = 4e-6
 """Of float32 arithmetic, relative to the largest term: sums of a row, exponentials of numbers up to 30."""
@@ -66,6 +66,23 @@ def check_rms_norm(
     assert scale.dtype == torch.float32
     torch.testing.assert_close(scale.double(), exact_scale, rtol=NOISE, atol=0.0)
     assert_rounded_once(out, exact, row_magnitude(exact))
+
+
+def check_rms_norm_reduced(inputs: Inputs, T: int, D: int, R: int, *, offset: float, room: bool, apart: int) -> None:
+    """The norm as it is alone, and what A makes of it as it was rounded, beside the norm's rows as well."""
+    h, weight = inputs.rows(T, D, seed=0, apart=apart) * 3, inputs.vector(D, seed=1)
+    A = inputs.rows(R, D, seed=2, apart=apart)
+    exact = torch.empty(T, D, dtype=torch.float64, device=h.device)
+    exact_scale = reference.rms_norm(h.double(), weight.double(), offset, 1e-6, exact)
+    wide = inputs.rows(T, D + R + 9, seed=3)
+    before, out, beside = wide.clone(), wide[:, :D], wide[:, D : D + R]
+    scale, reduced = fused.rms_norm_reduced(h, weight, offset, 1e-6, out, A, beside if room else None)
+    assert scale.dtype == torch.float32
+    torch.testing.assert_close(scale.double(), exact_scale, rtol=NOISE, atol=0.0)
+    assert_rounded_once(out, exact, row_magnitude(exact))
+    assert_close_to_sum(reduced, out, A.t(), 1.0)
+    assert torch.equal(beside, reduced if room else before[:, D : D + R])
+    assert torch.equal(wide[:, D + R :], before[:, D + R :])
 
 
 def check_rms_norm_backward(
@@ -260,6 +277,31 @@ def check_add_product(inputs: Inputs, T: int, columns: int, R: int, *, apart: in
     assert_rounded_once(again, exact + residual.double(), terms + residual.double().abs())
 
 
+def check_factor_gradients(
+    inputs: Inputs, T: int, of_A: tuple[int, int] | None, of_B: tuple[int, int] | None, *, scaled: bool, apart: int
+) -> None:
+    """With ranks and columns of each; parts add up to the sums over tokens of the factors as they were rounded."""
+
+    def outer(sizes: tuple[int, int] | None, seed: int, scale: Tensor | None) -> reference.Outer | None:
+        if sizes is None:
+            return None
+        few, many = (inputs.rows(T, size, seed=seed + place, apart=apart) for place, size in enumerate(sizes))
+        return reference.Outer(few, many, scale)
+
+    scale = Inputs(inputs.device, torch.float32).vector(T, seed=4) if scaled else None
+    outers = outer(of_A, 0, scale), outer(of_B, 2, None)
+    is_high = any(outer is not None and outer.few.shape[1] > fused_factors.MOST_RANKS for outer in outers)
+    slack = 1.0 + (torch.finfo(inputs.dtype).eps / NOISE if is_high else 0.0)  # there sums may be rounded on the way
+    found = fused.factor_gradients(*outers)
+    for made, asked, is_A in zip(found, outers, (True, False), strict=True):
+        assert (made is None) == (asked is None)
+        if made is None or asked is None:
+            continue
+        few = asked.few if asked.scale is None else (asked.few.float() * asked.scale[:, None]).to(inputs.dtype)
+        total = made.sum(dim=0) if made.dim() == 3 else made
+        assert_close_to_sum(total, *((few.t(), asked.many) if is_A else (asked.many.t(), few)), slack)
+
+
 def check_copy_rows(inputs: Inputs, T: int, R: int) -> None:
     """A few columns of wide rows; those beside them stay as they are."""
     source, wide = inputs.rows(T, R, seed=0), inputs.rows(T, R + 9, seed=1)
@@ -267,10 +309,6 @@ def check_copy_rows(inputs: Inputs, T: int, R: int) -> None:
     fused.copy_rows(source, wide[:, 4 : 4 + R])
     assert torch.equal(wide[:, 4 : 4 + R], source)
     assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, 4 + R :], before[:, 4 + R :])
-    scale, scaled = Inputs(inputs.device, torch.float32).vector(T, seed=2), torch.empty_like(source)
-    fused.copy_rows(source, scaled, scale)
-    exact = source.double() * scale.double()[:, None]
-    assert_rounded_once(scaled, exact, exact.abs())
 
 
 FACTORS = [(1, 33), (8, 100), (3, 4100), (200, 7)]

@@ -20,11 +20,13 @@ from fused_checks import (
     check_add_product,
     check_copy_rows,
     check_drop,
+    check_factor_gradients,
     check_gate,
     check_gate_updated,
     check_gather,
     check_rms_norm,
     check_rms_norm_backward,
+    check_rms_norm_reduced,
     check_rotate_heads,
 )
 
@@ -60,6 +62,14 @@ def test_rms_norm_backward_with_an_update(
     inputs: Inputs, T: int, D: int, apart: int, rank: int, offset: float, residual: bool
 ) -> None:
     check_rms_norm_backward(inputs, T, D, offset=offset, residual=residual, apart=apart, rank=rank)
+
+
+@pytest.mark.parametrize("room", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("rank", [3, 16, 48, 70])
+@pytest.mark.parametrize(("T", "D", "apart"), [(1, 96, 0), (37, 2048, 64), (1000, 4096, 16), (300, 5000, 6)])
+def test_rms_norm_reduced(inputs: Inputs, T: int, D: int, apart: int, rank: int, offset: float, room: bool) -> None:
+    check_rms_norm_reduced(inputs, T, D, rank, offset=offset, room=room, apart=apart)
 
 
 @pytest.mark.parametrize("wide_table", [False, True])
@@ -112,6 +122,18 @@ def test_gates_that_hold_their_update(inputs: Inputs, in_place: bool) -> None:
 )
 def test_add_product(inputs: Inputs, T: int, columns: int, R: int, apart: int) -> None:
     check_add_product(inputs, T, columns, R, apart=apart)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("of_A", "of_B"),
+    [((48, 2048), (48, 3072)), ((5, 33), None), (None, (64, 4100)), ((16, 100), (70, 40)), (None, None)],
+)
+@pytest.mark.parametrize(("T", "apart"), [(1, 0), (700, 6), (4100, 32)])
+def test_factor_gradients(
+    inputs: Inputs, T: int, apart: int, of_A: tuple[int, int] | None, of_B: tuple[int, int] | None, scaled: bool
+) -> None:
+    check_factor_gradients(inputs, T, of_A, of_B, scaled=scaled, apart=apart)
 
 
 @pytest.mark.parametrize(("T", "R"), [(1, 1), (7, 24), (700, 5), (16384, 48)])

@@ -12,6 +12,7 @@ import torch
 from etude import Trainer, TrainerCallback, TrainingArguments
 from etude.errors import NonFiniteError
 from etude.model.adapter import read_tensors
+from etude.model.graphs import GraphedLoss
 from etude.optim.finite import CheckLate
 from tiny import Padded, adapter_of, assert_same_bits, language_rows, tiny_llama, with_lora
 
@@ -23,10 +24,12 @@ pytestmark = [
 ]
 
 
-def trainer(folder: Path, *, wide: bool = False, half: bool = False, **settings: Any) -> Trainer:
+def trainer(
+    folder: Path, *, wide: bool = False, half: bool = False, lora_dropout: float = 0.0, **settings: Any
+) -> Trainer:
     shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64} if wide else {}
     base = tiny_llama(**shape)
-    model = with_lora(base.bfloat16() if half else base, task_type="CAUSAL_LM")
+    model = with_lora(base.bfloat16() if half else base, task_type="CAUSAL_LM", lora_dropout=lora_dropout)
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -90,6 +93,41 @@ def test_graphs_give_what_the_layers_give_without(tmp_path: Path) -> None:
     plain.train()
     assert counts[-1] > 0
     assert losses(graphed) == pytest.approx(losses(plain), rel=2e-3)
+
+
+class SeesGraphs(TrainerCallback):
+    failure: str | None = None
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.graphs is not None:
+            self.failure = self.trainer.graphs.failure
+
+
+def test_a_recording_that_fails_changes_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the random numbers either, which LoRA dropout draws on the device."""
+    run = GraphedLoss._run
+
+    def spoiled(self: GraphedLoss, batch: Any) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            torch.randint(2, (1,), device="cuda")
+            torch.cuda.synchronize()  # what no recording allows
+        return run(self, batch)
+
+    curves = []
+    for name, cuda_graphs in (("plain", False), ("spoiled", True)):
+        monkeypatch.setattr(GraphedLoss, "_run", spoiled)
+        trained = trainer(tmp_path / name, wide=True, bf16=True, lora_dropout=0.1, cuda_graphs=cuda_graphs)
+        seen = SeesGraphs(trained)
+        trained.add_callback(seen)
+        trained.train()
+        curves.append(losses(trained))
+        assert (seen.failure is not None) == cuda_graphs
+    assert len(curves[1]) == 12
+    assert curves[1] == pytest.approx(curves[0], rel=2e-3)
+    assert bool(torch.randn(8, device="cuda").isfinite().all())
 
 
 BAD_STEP = 6

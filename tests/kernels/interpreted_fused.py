@@ -13,11 +13,13 @@ from fused_checks import (
     check_add_product,
     check_copy_rows,
     check_drop,
+    check_factor_gradients,
     check_gate,
     check_gate_updated,
     check_gather,
     check_rms_norm,
     check_rms_norm_backward,
+    check_rms_norm_reduced,
     check_rotate_heads,
 )
 
@@ -52,6 +54,16 @@ def test_rms_norm_backward_with_an_update(
     if inputs.dtype == torch.bfloat16:
         pytest.skip("the interpreter's tl.dot multiplies the bits of bfloat16 as whole numbers; tested on a GPU")
     check_rms_norm_backward(inputs, T, D, offset=offset, residual=residual, apart=apart, rank=rank)
+
+
+@pytest.mark.parametrize("room", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("rank", [3, 16, 48, 70])
+@pytest.mark.parametrize(("T", "D", "apart"), [(1, 96, 0), (37, 576, 16), (5, 700, 6)])
+def test_rms_norm_reduced(inputs: Inputs, T: int, D: int, apart: int, rank: int, offset: float, room: bool) -> None:
+    if inputs.dtype == torch.bfloat16:
+        pytest.skip("the interpreter's tl.dot multiplies the bits of bfloat16 as whole numbers; tested on a GPU")
+    check_rms_norm_reduced(inputs, T, D, rank, offset=offset, room=room, apart=apart)
 
 
 @pytest.mark.parametrize("wide_table", [False, True])
@@ -102,6 +114,20 @@ def test_add_product(inputs: Inputs, T: int, columns: int, R: int, apart: int) -
     if inputs.dtype == torch.bfloat16:
         pytest.skip("the interpreter's tl.dot multiplies the bits of bfloat16 as whole numbers; tested on a GPU")
     check_add_product(inputs, T, columns, R, apart=apart)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("of_A", "of_B"),
+    [((3, 33), (20, 130)), ((5, 33), None), (None, (64, 100)), ((16, 100), (70, 40)), (None, None)],
+)
+@pytest.mark.parametrize(("T", "apart"), [(1, 0), (200, 6)])
+def test_factor_gradients(
+    inputs: Inputs, T: int, apart: int, of_A: tuple[int, int] | None, of_B: tuple[int, int] | None, scaled: bool
+) -> None:
+    if inputs.dtype == torch.bfloat16:
+        pytest.skip("the interpreter's tl.dot multiplies the bits of bfloat16 as whole numbers; tested on a GPU")
+    check_factor_gradients(inputs, T, of_A, of_B, scaled=scaled, apart=apart)
 
 
 @pytest.mark.parametrize(("T", "R"), [(1, 1), (7, 24), (700, 5)])

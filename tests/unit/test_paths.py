@@ -41,7 +41,7 @@ def test_a_lora_model_is_packed_and_says_how() -> None:
         "padding removed, samples packed",
         "attention: per sequence",
         "loss head: chunked cross entropy on labelled tokens",
-        "2 decoder layers with their own forward and backward pass",
+        "2 decoder layers with their own forward and backward pass, and the norm behind them",
     )
 
 

@@ -242,7 +242,8 @@ def window_of(attention: Any) -> int | None:
     return window
 
 
-def _rows_of(gradient: Tensor) -> Tensor:
+def rows_of(gradient: Tensor) -> Tensor:
+    """A gradient whose last dimension is contiguous."""
     return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
 
 
@@ -255,8 +256,9 @@ class _AttentionInput(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kernels, norm = operations(h_TD.device), block.input_norm
         with torch.autocast(h_TD.device.type, enabled=False):
-            x, scale_T = block.qkv.norm_input(h_TD, norm.weight, norm.offset, norm.eps)
-            qkv, reduced = block.qkv.forward(x, drop=passing.drops.qkv)
+            drop = passing.drops.qkv
+            x, scale_T, reduced = block.qkv.norm_input(h_TD, norm.weight, norm.offset, norm.eps, drop)
+            qkv, reduced = block.qkv.forward(x, drop=drop, reduced=reduced)
             # Heads get tensors of their own: attention kernels give gradients in the layout of what they were given, and
             # one that is a part of wider rows would be copied.
             stacked_query, stacked_key, stacked_value = _split_heads(block, qkv)
@@ -268,7 +270,7 @@ class _AttentionInput(torch.autograd.Function):
             query_scale, key_scale = kernels.rotate_heads(
                 qkv, cos, sin, query, key, value, query_norm and query_norm.numbers, key_norm and key_norm.numbers
             )
-        ctx.block, ctx.drop = block, passing.drops.qkv
+        ctx.block, ctx.drop = block, drop
         ctx.save_for_backward(
             h_TD, scale_T, reduced, cos, sin,
             stacked_query if query_norm is not None else None, query_scale,
@@ -289,7 +291,7 @@ class _AttentionInput(torch.autograd.Function):
             None if norm is None else NormedHeads(heads, norm.weight, norm.offset, scale_TH)
             for heads, norm, scale_TH in ((query, block.query_norm, query_scale), (key, block.key_norm, key_scale))
         )
-        gradients_of_heads = (_rows_of(gradient) for gradient in (query_grad, key_grad, value_grad))
+        gradients_of_heads = (rows_of(gradient) for gradient in (query_grad, key_grad, value_grad))
         kernels.rotate_heads_backward(*gradients_of_heads, cos, sin, grad, normed_query, normed_key)
         norm = block.input_norm
         h_grad = None
@@ -298,8 +300,10 @@ class _AttentionInput(torch.autograd.Function):
             h_grad = kernels.rms_norm_backward(x_grad, h_TD, norm.weight, norm.offset, scale_T, residual_grad, update)
         else:
             reduced_grad = block.qkv.reduced_gradient(grad)
-        scaled, rows = _scaled_one(reduced_grad, h_TD, scale_T)
-        gradients = block.qkv.adapter_gradients(grad, reduced, scaled, rows, norm.weight, norm.offset, ctx.drop)
+        rows, row_scale = _norm_input_rows(h_TD, scale_T, reduced_grad.dtype)
+        gradients = block.qkv.adapter_gradients(
+            grad, reduced, reduced_grad, rows, norm.weight, norm.offset, ctx.drop, row_scale=row_scale
+        )
         return None, None, h_grad, None, None, *gradients
 
 
@@ -324,6 +328,8 @@ class _AttentionOutput(torch.autograd.Function):
         attended, reduced, product, scale_T = ctx.saved_tensors
         product_grad = _undo_norm(block.output, grad, block.attention_norm, product, scale_T)
         attended_grad, reduced_grad = block.output.backward(product_grad, ctx.drop)
+        # Rows apart would be lost on cuDNN's attention: torch takes a plan made for other strides of this gradient.
+        attended_grad = attended_grad.contiguous()
         gradients = block.output.adapter_gradients(product_grad, reduced, reduced_grad, attended, drop=ctx.drop)
         return None, None, attended_grad, grad, *gradients
 
@@ -371,9 +377,10 @@ class _Gated(torch.autograd.Function):
             down_grad, reduced_down, reduced_down_grad, gated_grad, drop=drop, all_A=all_A
         )
         x_grad, reduced_grad, update = _input_gradient(block.gate_up, gates_grad, ctx.drops.gate_up)
-        scaled, rows = _scaled_one(reduced_grad, middle_TD, scale_T)
+        rows, row_scale = _norm_input_rows(middle_TD, scale_T, reduced_grad.dtype)
         of_gates = block.gate_up.adapter_gradients(
-            gates_grad, reduced, scaled, rows, norm.weight, norm.offset, ctx.drops.gate_up, all_B=all_B, product=gates,
+            gates_grad, reduced, reduced_grad, rows, norm.weight, norm.offset, ctx.drops.gate_up, all_B=all_B,
+            product=gates, row_scale=row_scale,
         )  # fmt: skip
         middle_grad = kernels.rms_norm_backward(x_grad, middle_TD, norm.weight, norm.offset, scale_T, grad, update)
         return None, None, middle_grad, *of_gates, *of_down
@@ -404,8 +411,8 @@ class _Recomputed(torch.autograd.Function):
 def _gates(block: Block, middle_TD: Tensor, drop: Drop | None) -> tuple[Tensor, Tensor, Tensor]:
     """[g, u] (T, 2F) without their update, the scales of the norm (T) and what `forward` keeps, norm(m) A^T (T, R)."""
     norm = block.gated_norm
-    x, scale_T = block.gate_up.norm_input(middle_TD, norm.weight, norm.offset, norm.eps)
-    gates, reduced = block.gate_up.forward(x, drop=drop)
+    x, scale_T, reduced = block.gate_up.norm_input(middle_TD, norm.weight, norm.offset, norm.eps, drop)
+    gates, reduced = block.gate_up.forward(x, drop=drop, reduced=reduced)
     return gates, scale_T, reduced
 
 
@@ -444,16 +451,10 @@ def _input_gradient(projection: Projection, grad: Tensor, drop: Drop | None) -> 
     return x_grad, reduced_grad, Reduction(reduced_grad, projection.A) if has_update else None
 
 
-def _scaled_one(reduced_grad: Tensor, h_TD: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The two factors of the gradient of A, one of them multiplied by the scales of the norm (T): the small one, but where
-    h is wider than the products, whose type may not hold it."""
-    if h_TD.dtype != reduced_grad.dtype:
-        return reduced_grad, (h_TD * scale_T[:, None]).to(reduced_grad.dtype)
-    if not reduced_grad.shape[1]:  # layers without an adapter
-        return reduced_grad, h_TD
-    scaled = torch.empty(reduced_grad.shape, dtype=reduced_grad.dtype, device=reduced_grad.device)
-    operations(reduced_grad.device).copy_rows(reduced_grad, scaled, scale_T)
-    return scaled, h_TD
+def _norm_input_rows(h_TD: Tensor, scale_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The norm's input for the gradient of A, and the scales (T) that the other factor is still to be multiplied by; where
+    h is wider than the products, whose type may not hold it, h is multiplied instead."""
+    return (h_TD, scale_T) if h_TD.dtype == dtype else ((h_TD * scale_T[:, None]).to(dtype), None)
 
 
 def _split_heads(block: Block, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

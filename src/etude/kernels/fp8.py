@@ -145,10 +145,12 @@ class Fp8Projection(Projection):
     def _release(self) -> None:
         del self.weight_codes, self.transposed_codes
 
-    def norm_input(self, h: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Any, Tensor]:
+    def norm_input(
+        self, h: Tensor, weight: Tensor, offset: float, eps: float, drop: Drop | None = None
+    ) -> tuple[Any, Tensor, Tensor | None]:
         wide = self.input_buffer(h.shape[0])
         quantised, scale_T = operations(h.device).rms_norm_quantised(h, weight, offset, eps, wide)
-        return Input(wide, quantised), scale_T
+        return Input(wide, quantised), scale_T, None
 
     def gate_input(
         self, gate_up: Tensor, update: Update, activation: str, drop: Drop | None = None

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from etude.kernels.fused_factors import factor_gradients as factor_gradients
 from etude.kernels.fused_gate import gate as gate
 from etude.kernels.fused_gate import gate_backward as gate_backward
 from etude.kernels.fused_gate import gate_updated as gate_updated
@@ -24,6 +25,7 @@ from etude.kernels.fused_heads import rotate_heads_backward as rotate_heads_back
 from etude.kernels.fused_norm import ELEMENTS_PER_WARP as ELEMENTS_PER_WARP
 from etude.kernels.fused_norm import rms_norm as rms_norm
 from etude.kernels.fused_norm import rms_norm_backward as rms_norm_backward
+from etude.kernels.fused_norm import rms_norm_reduced as rms_norm_reduced
 
 ELEMENT_COLUMNS, ELEMENT_WARPS = 1024, 4
 """One 16-byte piece per thread and tensor: small programs fill the last block of an odd width best."""
@@ -62,15 +64,13 @@ def add_product(out_TI: Tensor, left_TR: Tensor, right_RI: Tensor, residual_TI: 
     )  # fmt: skip
 
 
-def copy_rows(source_TR: Tensor, out_TR: Tensor, scale_T: Tensor | None = None) -> None:
+def copy_rows(source_TR: Tensor, out_TR: Tensor) -> None:
     """`reference.copy_rows`."""
     T, R = source_TR.shape
     block = triton.next_power_of_2(R)
     rows = max(COPY_ELEMENTS // block, 1)
     strides = (source_TR.stride(0), out_TR.stride(0))
-    _copy_rows[(triton.cdiv(T, rows),)](
-        source_TR, out_TR, scale_T, *strides, T, R, rows, block, num_warps=ELEMENT_WARPS
-    )
+    _copy_rows[(triton.cdiv(T, rows),)](source_TR, out_TR, *strides, T, R, rows, block, num_warps=ELEMENT_WARPS)
 
 
 @triton.jit
@@ -135,7 +135,6 @@ def _add_product(
 def _copy_rows(
     source: tl.tensor,
     out: tl.tensor,
-    scale: tl.tensor,
     source_stride: int,
     out_stride: int,
     T: int,
@@ -147,6 +146,4 @@ def _copy_rows(
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (rows < T) & (columns < R)
     value = tl.load(source + rows * source_stride + columns, mask=inside)
-    if scale is not None:
-        value = (value.to(tl.float32) * tl.load(scale + rows, mask=rows < T)).to(out.dtype.element_ty)
     tl.store(out + rows * out_stride + columns, value, mask=inside)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from etude.kernels import reference
+from etude.kernels.fused_tiles import columns_of, multiplied, rank_block, row_stride, rows_of, share_out
 from etude.kernels.reference import SILU, Reduction, Update
 
 GATE_COLUMNS, GATE_WARPS = 1024, 4
@@ -28,7 +29,8 @@ MOST_RANKS = 64
 """Above it the sums of a tile do not fit the registers, and products of their own take over."""
 
 TILE_ROWS, TILE_COLUMNS, TILE_WARPS, TILE_STAGES = 64, 64, 4, 3
-"""Of nine shapes the fastest on an H100, 14,336 columns and 8,192 rows: without the next tiles on their way (one stage) the
+BACKWARD_ROWS, BACKWARD_WARPS = 32, 2
+"""Of 24 shapes the fastest on an H100, 14,336 columns and 8,192 rows: without the next tiles on their way (one stage) the
 passes take twice as long, larger tiles spill registers."""
 
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 2112, 1056
@@ -70,25 +72,25 @@ def gate_updated(
     T, F = out_TF.shape
     if max(*ranks, next_rank) > MOST_RANKS:
         gate(update.of(gate_up_T2F), activation, out_TF)
-        return reference.reduced_product(out_TF, A_RF, room_TR)
+        return None if A_RF is None else reference.reduced_product(out_TF, A_RF, room_TR)
     blocks = triton.cdiv(T, TILE_ROWS)
-    tiles, splits = _divide(triton.cdiv(F, TILE_COLUMNS), blocks, FORWARD_PROGRAMS)
+    tiles, splits = share_out(triton.cdiv(F, TILE_COLUMNS), blocks, FORWARD_PROGRAMS)
     partial = None if A_RF is None else torch.empty((splits, T, next_rank), dtype=torch.float32, device=out_TF.device)
     strides = (
-        gate_up_T2F.stride(0), update.reduced.stride(0), _row_stride(update.B), _row_stride(A_RF),
+        gate_up_T2F.stride(0), update.reduced.stride(0), row_stride(update.B), row_stride(A_RF),
         out_TF.stride(0),
     )  # fmt: skip
     _gate_updated[(blocks * splits,)](
         gate_up_T2F, update.reduced, update.B, A_RF, out_TF, partial, *strides, T, splits,
-        tiles, F, *ranks, next_rank, _block(ranks[0]), _block(ranks[1]), _block(next_rank), activation == SILU,
+        tiles, F, *ranks, next_rank, rank_block(ranks[0]), rank_block(ranks[1]), rank_block(next_rank), activation == SILU,
         update.B is not None, TILE_ROWS, TILE_COLUMNS, TILE_STAGES, num_warps=TILE_WARPS,
     )  # fmt: skip
     if partial is None:
         return None
     total_TR = torch.empty((T, next_rank), dtype=out_TF.dtype, device=out_TF.device)
-    room_stride = _row_stride(room_TR)
+    room_stride = row_stride(room_TR)
     _total_rows[(triton.cdiv(T, TOTAL_ROWS),)](
-        partial, total_TR, room_TR, room_stride, T, splits, next_rank, _block(next_rank), TOTAL_ROWS,
+        partial, total_TR, room_TR, room_stride, T, splits, next_rank, rank_block(next_rank), TOTAL_ROWS,
         num_warps=TOTAL_WARPS,
     )  # fmt: skip
     return total_TR
@@ -110,21 +112,21 @@ def gate_updated_backward(
     if max(*ranks, next_rank) > MOST_RANKS:
         return _backward_of_high_ranks(grad_TF, gate_up_T2F, update, activation, out_T2F, reduction, product_TF)
     blocks = triton.cdiv(F, TILE_COLUMNS)
-    tiles, splits = _divide(triton.cdiv(T, TILE_ROWS), blocks, BACKWARD_PROGRAMS)
+    tiles, splits = share_out(triton.cdiv(T, BACKWARD_ROWS), blocks, BACKWARD_PROGRAMS)
     all_B = torch.empty((splits, 2 * F, sum(ranks)), dtype=torch.float32, device=grad_TF.device)
     all_A = (
         None if reduction is None else torch.empty((splits, next_rank, F), dtype=torch.float32, device=grad_TF.device)
     )
     grad_reduced, A = (None, None) if reduction is None else reduction
     strides = (
-        grad_TF.stride(0), gate_up_T2F.stride(0), update.reduced.stride(0), _row_stride(update.B),
-        _row_stride(grad_reduced), _row_stride(A),
-        out_T2F.stride(0), _row_stride(product_TF),
+        grad_TF.stride(0), gate_up_T2F.stride(0), update.reduced.stride(0), row_stride(update.B),
+        row_stride(grad_reduced), row_stride(A),
+        out_T2F.stride(0), row_stride(product_TF),
     )  # fmt: skip
     _gate_updated_backward[(blocks * splits,)](
         grad_TF, gate_up_T2F, update.reduced, update.B, grad_reduced, A, out_T2F, product_TF, all_B, all_A, *strides,
-        T, splits, tiles, F, *ranks, next_rank, _block(ranks[0]), _block(ranks[1]), _block(next_rank),
-        activation == SILU, update.B is not None, TILE_ROWS, TILE_COLUMNS, TILE_STAGES, num_warps=TILE_WARPS,
+        T, splits, tiles, F, *ranks, next_rank, rank_block(ranks[0]), rank_block(ranks[1]), rank_block(next_rank),
+        activation == SILU, update.B is not None, BACKWARD_ROWS, TILE_COLUMNS, TILE_STAGES, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     return all_B, all_A
 
@@ -145,22 +147,6 @@ def _backward_of_high_ranks(
     gate_backward(grad_TF, updated, activation, out_T2F, product)
     all_A = None if reduction is None else torch.mm(reduction.grad_reduced.t(), product)
     return reference.gradient_of_factor(out_T2F, update), all_A
-
-
-def _row_stride(matrix: Tensor | None) -> int:
-    return 0 if matrix is None else matrix.stride(0)
-
-
-def _divide(tiles: int, blocks: int, programs: int) -> tuple[int, int]:
-    """(tiles of one program, programs of a block) for the tiles of each of so many blocks: a power of two, so that kernels
-    for few numbers have to be compiled."""
-    of_program = triton.next_power_of_2(triton.cdiv(tiles * blocks, programs))
-    return of_program, triton.cdiv(tiles, of_program)
-
-
-def _block(rank: int) -> int:
-    """What the matrix units take: 16 or more, a power of two; 0 where there is nothing to multiply."""
-    return max(triton.next_power_of_2(rank), 16) if rank else 0
 
 
 @triton.jit
@@ -196,9 +182,9 @@ def _gate_updated(
     rows = (tl.program_id(0) // splits).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows_inside = rows < T
     if UPDATES and GATE_RANK:
-        gate_left = _columns_of(reduced + rows * reduced_stride, rows_inside, GATE_RANK, GATE_BLOCK)
+        gate_left = columns_of(reduced + rows * reduced_stride, rows_inside, GATE_RANK, GATE_BLOCK)
     if UPDATES and UP_RANK:
-        up_left = _columns_of(reduced + rows * reduced_stride + GATE_RANK, rows_inside, UP_RANK, UP_BLOCK)
+        up_left = columns_of(reduced + rows * reduced_stride + GATE_RANK, rows_inside, UP_RANK, UP_BLOCK)
     if NEXT_RANK:
         total = tl.zeros((ROWS, NEXT_BLOCK), dtype=tl.float32)
     for step in tl.range(TILES, num_stages=STAGES):  # those of the last split may lie outside
@@ -210,15 +196,15 @@ def _gate_updated(
         x = tl.load(places, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(places + F, mask=inside, other=0.0).to(tl.float32)
         if UPDATES and GATE_RANK:
-            x += _product(gate_left, _columns_of(B + columns * B_stride, columns_inside, GATE_RANK, GATE_BLOCK).T)
+            x += multiplied(gate_left, columns_of(B + columns * B_stride, columns_inside, GATE_RANK, GATE_BLOCK).T)
         if UPDATES and UP_RANK:
             up_B = B + (columns + F) * B_stride + GATE_RANK
-            up += _product(up_left, _columns_of(up_B, columns_inside, UP_RANK, UP_BLOCK).T)
+            up += multiplied(up_left, columns_of(up_B, columns_inside, UP_RANK, UP_BLOCK).T)
         share, _ = _shares(x, IS_SILU)
         result = (x * share * up).to(out.dtype.element_ty)
         tl.store(out + rows[:, None] * out_stride + columns[None, :], result, mask=inside)
         if NEXT_RANK:
-            total += _product(result, _rows_of(A, A_stride, columns, columns_inside, NEXT_RANK, NEXT_BLOCK).T)
+            total += multiplied(result, rows_of(A, A_stride, columns, columns_inside, NEXT_RANK, NEXT_BLOCK).T)
     if NEXT_RANK:
         ranks = tl.arange(0, NEXT_BLOCK)[None, :]
         places = partial + (split.to(tl.int64) * T + rows)[:, None] * NEXT_RANK + ranks
@@ -291,15 +277,15 @@ def _gate_updated_backward(
     columns = (tl.program_id(0) // splits) * COLUMNS + tl.arange(0, COLUMNS)
     columns_inside = columns < F
     if UPDATES and GATE_RANK:
-        gate_B = _columns_of(B + columns * B_stride, columns_inside, GATE_RANK, GATE_BLOCK).T
+        gate_B = columns_of(B + columns * B_stride, columns_inside, GATE_RANK, GATE_BLOCK).T
     if UPDATES and UP_RANK:
-        up_B = _columns_of(B + (columns + F) * B_stride + GATE_RANK, columns_inside, UP_RANK, UP_BLOCK).T
+        up_B = columns_of(B + (columns + F) * B_stride + GATE_RANK, columns_inside, UP_RANK, UP_BLOCK).T
     if GATE_RANK:
         gate_total = tl.zeros((COLUMNS, GATE_BLOCK), dtype=tl.float32)
     if UP_RANK:
         up_total = tl.zeros((COLUMNS, UP_BLOCK), dtype=tl.float32)
     if NEXT_RANK:
-        next_A = _rows_of(A, A_stride, columns, columns_inside, NEXT_RANK, NEXT_BLOCK)
+        next_A = rows_of(A, A_stride, columns, columns_inside, NEXT_RANK, NEXT_BLOCK)
         next_total = tl.zeros((NEXT_BLOCK, COLUMNS), dtype=tl.float32)
     for step in tl.range(TILES, num_stages=STAGES):  # those of the last split may lie outside
         tile = split * TILES + step
@@ -312,16 +298,16 @@ def _gate_updated_backward(
         places = grad + rows[:, None] * grad_stride + columns[None, :]
         gradient = tl.load(places, mask=inside, other=0.0).to(tl.float32)
         if GATE_RANK:
-            gate_left = _columns_of(reduced + rows * reduced_stride, rows_inside, GATE_RANK, GATE_BLOCK)
+            gate_left = columns_of(reduced + rows * reduced_stride, rows_inside, GATE_RANK, GATE_BLOCK)
             if UPDATES:
-                x += _product(gate_left, gate_B)
+                x += multiplied(gate_left, gate_B)
         if UP_RANK:
-            up_left = _columns_of(reduced + rows * reduced_stride + GATE_RANK, rows_inside, UP_RANK, UP_BLOCK)
+            up_left = columns_of(reduced + rows * reduced_stride + GATE_RANK, rows_inside, UP_RANK, UP_BLOCK)
             if UPDATES:
-                up += _product(up_left, up_B)
+                up += multiplied(up_left, up_B)
         if NEXT_RANK:
-            next_left = _columns_of(grad_reduced + rows * grad_reduced_stride, rows_inside, NEXT_RANK, NEXT_BLOCK)
-            gradient += _product(next_left, next_A)
+            next_left = columns_of(grad_reduced + rows * grad_reduced_stride, rows_inside, NEXT_RANK, NEXT_BLOCK)
+            gradient += multiplied(next_left, next_A)
         share, rest = _shares(x, IS_SILU)
         activated = x * share
         if IS_SILU:
@@ -334,14 +320,14 @@ def _gate_updated_backward(
         tl.store(places, gate_gradient, mask=inside)
         tl.store(places + F, up_gradient, mask=inside)
         if GATE_RANK:
-            gate_total += _product(gate_gradient.T, gate_left)
+            gate_total += multiplied(gate_gradient.T, gate_left)
         if UP_RANK:
-            up_total += _product(up_gradient.T, up_left)
+            up_total += multiplied(up_gradient.T, up_left)
         made = (activated * up).to(out.dtype.element_ty)
         if product is not None:
             tl.store(product + rows[:, None] * product_stride + columns[None, :], made, mask=inside)
         if NEXT_RANK:
-            next_total += _product(next_left.T, made)
+            next_total += multiplied(next_left.T, made)
     WIDTH: tl.constexpr = GATE_RANK + UP_RANK
     of_gate = all_B + (split.to(tl.int64) * 2 * F + columns)[:, None] * WIDTH
     of_up = of_gate + F * WIDTH
@@ -359,27 +345,6 @@ def _gate_updated_backward(
         ranks = tl.arange(0, NEXT_BLOCK)[:, None]
         places = all_A + (split.to(tl.int64) * NEXT_RANK + ranks) * F + columns[None, :]
         tl.store(places, next_total, mask=(ranks < NEXT_RANK) & columns_inside[None, :])
-
-
-@triton.jit
-def _columns_of(starts: tl.tensor, inside: tl.tensor, RANK: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-    """(len(starts), BLOCK): the first RANK numbers from every start on, zeros after them."""
-    ranks = tl.arange(0, BLOCK)[None, :]
-    return tl.load(starts[:, None] + ranks, mask=inside[:, None] & (ranks < RANK), other=0.0)
-
-
-@triton.jit
-def _rows_of(
-    A: tl.tensor, stride: int, columns: tl.tensor, inside: tl.tensor, RANK: tl.constexpr, BLOCK: tl.constexpr
-) -> tl.tensor:
-    """(BLOCK, len(columns)) of the first RANK rows of A, zeros below them."""
-    ranks = tl.arange(0, BLOCK)[:, None]
-    return tl.load(A + ranks * stride + columns[None, :], mask=(ranks < RANK) & inside[None, :], other=0.0)
-
-
-@triton.jit
-def _product(left: tl.tensor, right: tl.tensor) -> tl.tensor:
-    return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit

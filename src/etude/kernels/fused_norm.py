@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from etude.kernels import reference
+from etude.kernels.fused_tiles import multiplied, rank_block, row_stride, rows_of
 from etude.kernels.reference import Reduction
 
 ELEMENTS_PER_WARP = 1024
@@ -26,10 +28,13 @@ MAX_ROW_WARPS = 16
 MOST_RANKS = 64
 """Above it A, which every program reads twice, is much more to read than the pass over the gradient that is saved."""
 
-TILE_ROWS, TILE_COLUMNS, TILE_WARPS, TILE_STAGES = 16, 512, 8, 3
-"""Of `rms_norm_backward` with an update of 32 ranks in half precision; more ranks and wider numbers take fewer columns, so
-that the next tiles still fit the shared memory. Rows are 16 or more, as the matrix units take them: fewer leave more of the
-second walk's reads in the cache, more read A less often."""
+FEW_RANKS, TILE_OF_FEW, TILE_OF_MANY, TILE_WARPS, TILE_STAGES = 32, (16, 512), (32, 128), 8, 3
+"""Rows and columns of `rms_norm_backward` with an update of up to so many ranks and of more, in half precision; wider numbers
+take fewer columns, so that the next tiles still fit the shared memory. Of ten shapes each the fastest on an H100, 4,096
+columns and 8,192 rows: fewer rows leave more of the second walk's reads in the cache, more read A less often."""
+
+REDUCED_ROWS, REDUCED_COLUMNS, REDUCED_WARPS, REDUCED_STAGES = 16, 128, 2, 3
+"""Of `rms_norm_reduced` in half precision; wider numbers take fewer columns."""
 
 
 def rms_norm(
@@ -43,6 +48,31 @@ def rms_norm(
     block, num_warps = _row_shape(D)
     _rms_norm[(T,)](h_TD, weight_D, residual_TD, out_TD, scale_T, *strides, offset, eps, D, block, num_warps=num_warps)
     return scale_T
+
+
+def rms_norm_reduced(
+    h_TD: Tensor,
+    weight_D: Tensor,
+    offset: float,
+    eps: float,
+    out_TD: Tensor,
+    A_RD: Tensor,
+    room_TR: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.rms_norm_reduced`."""
+    (T, D), rank = h_TD.shape, A_RD.shape[0]
+    if rank > MOST_RANKS:
+        scale_T = rms_norm(h_TD, weight_D, offset, eps, out_TD)
+        return scale_T, reference.reduced_product(out_TD, A_RD, room_TR)
+    scale_T = torch.empty(T, dtype=torch.float32, device=h_TD.device)
+    reduced_TR = torch.empty((T, rank), dtype=out_TD.dtype, device=h_TD.device)
+    strides = (h_TD.stride(0), out_TD.stride(0), A_RD.stride(0), row_stride(room_TR))
+    _rms_norm_reduced[(triton.cdiv(T, REDUCED_ROWS),)](
+        h_TD, weight_D, A_RD, out_TD, scale_T, reduced_TR, room_TR, *strides, offset, eps, T, D, rank,
+        rank_block(rank), REDUCED_ROWS, REDUCED_COLUMNS * 2 // out_TD.element_size(), REDUCED_STAGES,
+        num_warps=REDUCED_WARPS,
+    )  # fmt: skip
+    return scale_T, reduced_TR
 
 
 def rms_norm_backward(
@@ -66,12 +96,12 @@ def rms_norm_backward(
     strides = (grad_TD.stride(0), h_TD.stride(0), residual_stride)
     if update is not None and update.A.shape[0] > 0:
         rank = update.A.shape[0]
-        rank_block = max(triton.next_power_of_2(rank), 16)
-        columns = max(TILE_COLUMNS * 64 // (max(rank_block, 32) * h_TD.element_size()), 16)
-        _rms_norm_updated_backward[(triton.cdiv(T, TILE_ROWS),)](
+        ranks = rank_block(rank)
+        rows, columns = TILE_OF_FEW if ranks <= FEW_RANKS else TILE_OF_MANY
+        _rms_norm_updated_backward[(triton.cdiv(T, rows),)](
             grad_TD, h_TD, weight_D, residual_TD, scale_T, update.grad_reduced, update.A, out_TD, *strides,
-            update.grad_reduced.stride(0), update.A.stride(0), offset, T, D, rank, rank_block, TILE_ROWS, columns,
-            TILE_STAGES, num_warps=TILE_WARPS,
+            update.grad_reduced.stride(0), update.A.stride(0), offset, T, D, rank, ranks, rows,
+            columns * 2 // h_TD.element_size(), TILE_STAGES, num_warps=TILE_WARPS,
         )  # fmt: skip
         return out_TD
     block, num_warps = _row_shape(D)
@@ -115,6 +145,58 @@ def _rms_norm(
     if residual is not None:
         result = around + result
     tl.store(out + row * out_stride + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm_reduced(
+    h: tl.tensor,
+    weight: tl.tensor,
+    A: tl.tensor,
+    out: tl.tensor,
+    scale: tl.tensor,
+    reduced: tl.tensor,
+    room: tl.tensor,
+    h_stride: int,
+    out_stride: int,
+    A_stride: int,
+    room_stride: int,
+    offset: float,
+    eps: float,
+    T: int,
+    D: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows_inside = rows < T
+    of_h = h + rows[:, None] * h_stride
+    squares = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)  # summed over its columns once, at the end
+    for start in tl.range(0, D, COLUMNS, num_stages=STAGES):
+        columns = start + tl.arange(0, COLUMNS)
+        inside = rows_inside[:, None] & (columns < D)[None, :]
+        wide = tl.load(of_h + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        squares += wide * wide
+    row_scale = tl.rsqrt(tl.sum(squares, axis=1) / D + eps)
+    tl.store(scale + rows, row_scale, mask=rows_inside)
+    total = tl.zeros((ROWS, RANK_BLOCK), dtype=tl.float32)
+    for start in tl.range(0, D, COLUMNS, num_stages=STAGES):
+        columns = start + tl.arange(0, COLUMNS)
+        columns_inside = columns < D
+        inside = rows_inside[:, None] & columns_inside[None, :]
+        wide = tl.load(of_h + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        factor = offset + tl.load(weight + columns, mask=columns_inside, other=0.0).to(tl.float32)
+        normed = (wide * row_scale[:, None] * factor[None, :]).to(out.dtype.element_ty)
+        tl.store(out + rows[:, None] * out_stride + columns[None, :], normed, mask=inside)
+        total += multiplied(normed, rows_of(A, A_stride, columns, columns_inside, RANK, RANK_BLOCK).T)
+    ranks = tl.arange(0, RANK_BLOCK)[None, :]
+    inside = rows_inside[:, None] & (ranks < RANK)
+    rounded = total.to(reduced.dtype.element_ty)
+    tl.store(reduced + rows[:, None] * RANK + ranks, rounded, mask=inside)
+    if room is not None:
+        tl.store(room + rows[:, None] * room_stride + ranks, rounded, mask=inside)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from etude.kernels.block import Block, Call, Norm
 from etude.kernels.fp8 import FP8, Fp8Projection, layer_obstacle
 from etude.kernels.lora import lean_forward
 from etude.kernels.magnitude import Fp8RowProjection, QuantizedRowProjection, RowProjection, drops_base
+from etude.kernels.norm import LastNorm
 from etude.kernels.projection import STREAMS, Adapter, Projection
 from etude.kernels.quantized import (
     QuantizedProjection,
@@ -119,6 +120,14 @@ def block_of(
         if parameter.requires_grad and id(parameter) not in known:
             return f"a trainable weight ({name})"
     return block
+
+
+def last_norm_of(layer: nn.Module | None) -> LastNorm | None:
+    """The norm behind the layers as one that our kernels compute; None where it is something else or was changed."""
+    if layer is None or _changes(layer) is not None:
+        return None
+    norm = _norm(layer)
+    return None if norm is None else LastNorm(layer, norm)
 
 
 def _changes(layer: nn.Module) -> str | None:

@@ -283,6 +283,7 @@ class RowProjection(Projection):
         all_A: Tensor | None = None,
         all_B: Tensor | None = None,
         product: Tensor | None = None,
+        row_scale: Tensor | None = None,
     ) -> list[Tensor | None]:
         if self.keeps_product:
             product, reduced = self._parts(reduced)
@@ -292,7 +293,7 @@ class RowProjection(Projection):
             all_B = all_B.sum(dim=0)
         scaled_B = all_B if self.magnitudes is None else all_B * self.magnitudes.of_update()
         gradients = super().adapter_gradients(
-            grad, reduced, grad_reduced, x, column_factor, offset, drop, all_A, scaled_B
+            grad, reduced, grad_reduced, x, column_factor, offset, drop, all_A, scaled_B, row_scale=row_scale
         )
         rows = grad.sum(dim=0, dtype=self.wide) if self.biases else None
         if self.magnitudes is not None:

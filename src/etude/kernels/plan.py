@@ -24,9 +24,10 @@ from etude.errors import ModelError
 from etude.kernels.block import Block
 from etude.kernels.expert_layers import compare_mixture, expert_layers, mixture_forward, mixture_obstacle
 from etude.kernels.fp8 import Fp8Projection
-from etude.kernels.layers import TOLERANCES, block_of, compare, tolerance_of
+from etude.kernels.layers import TOLERANCES, block_of, compare, last_norm_of, tolerance_of
 from etude.kernels.lora import lean_forward, obstacle
 from etude.kernels.magnitude import RowProjection
+from etude.kernels.norm import LastNorm
 from etude.kernels.offload import Offload, Shelf
 from etude.kernels.projection import Copy, refresh
 from etude.kernels.quantized import QuantizedProjection, Workspace, is_quantized_lora
@@ -44,10 +45,10 @@ UNPACKING_OPERATIONS = 1000
 
 
 class StandIn:
-    """A block in the place of its layer's forward. A copy of the model, or a pickle, gets the layer's own forward back: the
-    adapters that a block has taken over are not those of the copy."""
+    """A block, or the last norm, in the place of its layer's forward. A copy of the model, or a pickle, gets the
+    layer's own forward back: the adapters that a block has taken over are not those of the copy."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block | LastNorm) -> None:
         self.block = block
         self.__signature__ = inspect.signature(block.forward)
 
@@ -74,6 +75,8 @@ class KernelPlan:
     """peft LoRA layers that get the forward without copies."""
     blocks: list[Block] = field(default_factory=list)
     """Decoder layers that are computed by our own forward and backward."""
+    last_norm: LastNorm | None = None
+    """The norm behind the blocks, computed by our own kernels."""
     mixtures: list[Any] = field(default_factory=list)
     """Experts, or the outermost of peft's wrappers around them, that are computed by grouped products of our own."""
     decoder_layers: list[nn.Module] = field(default_factory=list)
@@ -97,7 +100,8 @@ class KernelPlan:
         """One line per kind of swap, for the start screen."""
         lines = []
         if self.blocks:
-            lines.append(f"{len(self.blocks)} decoder layers with their own forward and backward pass")
+            and_norm = "" if self.last_norm is None else ", and the norm behind them"
+            lines.append(f"{len(self.blocks)} decoder layers with their own forward and backward pass{and_norm}")
         elif self.why_no_block is not None:
             lines.append(f"decoder layers as the model computes them: {self.why_no_block}")
         lines += dict.fromkeys(p.note for block in self.blocks for p in block.projections if p.note is not None)
@@ -132,12 +136,17 @@ class KernelPlan:
                 self._copies += projection.copies()
                 if isinstance(projection, RowProjection):
                     self._row_projections.append(projection)
-            block.layer.forward = StandIn(block)
-            self._undo.append(lambda layer=block.layer: layer.__dict__.pop("forward", None))  # type: ignore[misc]
+            self._stand_in(block)
             if getattr(block.layer, "gradient_checkpointing", False):  # as asked, but by our own recomputation
                 block.recomputes = True
                 setattr(block.layer, "gradient_checkpointing", False)  # noqa: B010, a plain attribute of the module
                 self._undo.append(lambda layer=block.layer: setattr(layer, "gradient_checkpointing", True))  # type: ignore[misc]
+        if self.last_norm is not None:
+            self._stand_in(self.last_norm)
+
+    def _stand_in(self, block: Block | LastNorm) -> None:
+        block.layer.forward = StandIn(block)
+        self._undo.append(lambda: block.layer.__dict__.pop("forward", None))
 
     def refresh(self) -> None:
         """Take over the adapters as they are now; called before every forward pass."""
@@ -263,8 +272,9 @@ class KernelPlan:
         """
         kinds = {getattr(block.attention, "sliding_window", None): block for block in self.blocks}
         chosen = self.blocks if self.rounding else list(kinds.values())  # each layer has been rounded by itself
-        for block in chosen:
-            block.calls_seen = []
+        swapped: list[Any] = [*chosen, *([] if self.last_norm is None else [self.last_norm])]
+        for part in swapped:
+            part.calls_seen = []
         seen: list[list[tuple[Tensor, ...]]] = [[] for _ in self.mixtures]
         for layer, calls_of_layer in zip(self.mixtures, seen, strict=True):
             layer.forward = types.MethodType(_recording(calls_of_layer), layer)
@@ -275,13 +285,18 @@ class KernelPlan:
                 difference = compare(block, calls[0]) if calls else math.inf
                 if not difference <= tolerance_of(block, dtype):  # written so that NaN fails
                     raise ModelError(f"our layer and the model's own differ by {difference:.1e}")
+            if self.last_norm is not None and self.last_norm.calls_seen:
+                calls_of_norm, self.last_norm.calls_seen = self.last_norm.calls_seen, None
+                difference = self.last_norm.compare(calls_of_norm[0])
+                if not difference <= TOLERANCES[dtype]:
+                    raise ModelError(f"our last norm and the model's own differ by {difference:.1e}")
             for layer, calls_of_layer in zip(self.mixtures, seen, strict=True):
                 difference = compare_mixture(layer, *calls_of_layer[0]) if calls_of_layer else math.inf
                 if not difference <= TOLERANCES[dtype]:
                     raise ModelError(f"our experts and the model's own differ by {difference:.1e}")
         finally:
-            for block in chosen:
-                block.calls_seen = None
+            for part in swapped:
+                part.calls_seen = None
             for layer in self.mixtures:
                 layer.forward = types.MethodType(mixture_forward, layer)
 
@@ -328,6 +343,8 @@ def plan_kernels(
     layers = getattr(decoder, "layers", None)
     if isinstance(layers, nn.ModuleList):
         _plan_blocks(plan, layers, dtype, base_precision)
+        if plan.blocks:
+            plan.last_norm = last_norm_of(getattr(decoder, "norm", None))
     inside = [module for block in plan.blocks for module in block.layer.modules()]
     lora_linear = _lora_linear_class()
     plan._watched = next((m for m in inside if type(m) is lora_linear or is_quantized_lora(m)), None)

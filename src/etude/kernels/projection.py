@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.kernels import reference
-from etude.kernels.reference import Update
+from etude.kernels.reference import Outer, Update
 
 COLUMN_MULTIPLE = 8
 """Rows of half-precision matrices start at multiples of 16 bytes, or the fast matrix products refuse them."""
@@ -267,10 +267,15 @@ class Projection:
         parts = [torch.mm(drop.rows(x, *place), self.A[ranks].t()) for place, ranks in self._places()]
         return torch.cat(parts, dim=1)
 
-    def norm_input(self, h: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Any, Tensor]:
-        """The RMS norm of h as input of `forward`, and its scales (T)."""
-        buffer = self.input_buffer(h.shape[0])
-        return buffer, operations(h.device).rms_norm(h, weight, offset, eps, buffer[:, : self.in_features])
+    def norm_input(
+        self, h: Tensor, weight: Tensor, offset: float, eps: float, drop: Drop | None = None
+    ) -> tuple[Any, Tensor, Tensor | None]:
+        """The RMS norm of h as input of `forward`, its scales (T), and x A^T (T, R) where that comes with it."""
+        buffer, kernels = self.input_buffer(h.shape[0]), operations(h.device)
+        x = buffer[:, : self.in_features]
+        if drop is not None or not self.rank:
+            return buffer, kernels.rms_norm(h, weight, offset, eps, x), None
+        return buffer, *kernels.rms_norm_reduced(h, weight, offset, eps, x, self.A, self._room_in(buffer))
 
     def gate_input(
         self, gate_up: Tensor, update: Update, activation: str, drop: Drop | None = None
@@ -295,7 +300,7 @@ class Projection:
     def forward(
         self, x: Any, residual: Tensor | None = None, drop: Drop | None = None, reduced: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """[residual +] y (T, O), and x A^T (T, R) for the backward pass, unless `gate_input` has given that already."""
+        """[residual +] y (T, O), and x A^T (T, R) for the backward pass, unless it came with the input."""
         if reduced is None:
             reduced = self.reduce(x, drop)
             if self.extends_input and self.rank:
@@ -364,26 +369,24 @@ class Projection:
         all_A: Tensor | None = None,
         all_B: Tensor | None = None,
         product: Tensor | None = None,
+        row_scale: Tensor | None = None,
     ) -> list[Tensor | None]:
         """Gradients of A and B of every adapter, in the order of `parameters`; None where they were added to `p.grad`.
 
         `x` is the input (T, I); or, where the input is a norm's output n * s * (offset + w), the norm's own input n with w
-        as `column_factor` and `grad_reduced` already multiplied by s: the norm's output need not be kept or made again.
-        `all_A` = grad_reduced^T x and `all_B` = grad^T reduced, or parts (S, ..) that add up to them, are computed where
+        as `column_factor` and s as `row_scale`, by which `grad_reduced` is still to be multiplied: the norm's output need
+        not be kept or made again. `all_A` = grad_reduced^T x and `all_B` = grad^T reduced, or parts (S, ..) that add up to them, are computed where
         they are not known already. `product` is what `forward` gave, where the projection needs it and keeps none itself.
         """
         if not self.rank:
             return []
-        if all_B is None:
-            all_B = torch.mm(grad.t(), reduced)
-        if all_A is not None:
-            pass
-        elif drop is None:
-            all_A = torch.mm(grad_reduced.t(), x)
-        else:
-            all_A = torch.cat(
-                [torch.mm(grad_reduced[:, ranks].t(), drop.rows(x, *place)) for place, ranks in self._places()]
-            )
+        of_A, of_B = Outer(grad_reduced, x, row_scale), Outer(reduced, grad)
+        if all_A is None and drop is not None:
+            all_A = self._gradient_of_dropped(of_A, drop)
+        made_A, made_B = operations(grad.device).factor_gradients(
+            of_A if all_A is None else None, of_B if all_B is None else None
+        )
+        all_A, all_B = (made if known is None else known for known, made in ((all_A, made_A), (all_B, made_B)))
         if self._accumulate is not None and not self.has_hooks():
             self._accumulate.add(all_A, all_B, column_factor, offset)
             return [None] * len(self.parameters)
@@ -398,6 +401,16 @@ class Projection:
                 block = all_B[member.outputs, member.ranks].to(B.dtype)
                 gradients.append(block if scaling == 1.0 else block * scaling)
         return gradients
+
+    def _gradient_of_dropped(self, of_A: Outer, drop: Drop) -> Tensor:
+        """The gradients of A (R, I) where every adapter has seen another part of x."""
+        of_all = operations(of_A.many.device).factor_gradients
+        parts = []
+        for place, ranks in self._places():
+            few, dropped = of_A.few[:, ranks], drop.rows(of_A.many, *place)
+            all_A, _ = of_all(Outer(few, dropped, of_A.scale), None)
+            parts.append(all_A if all_A.dim() == 2 else all_A.sum(dim=0))
+        return torch.cat(parts)
 
     def _places(self) -> list[tuple[tuple[int, float], slice]]:
         """((number, share dropped), ranks) of every member with an adapter."""

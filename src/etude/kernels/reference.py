@@ -31,6 +31,20 @@ def rms_norm(
     return scale_T
 
 
+def rms_norm_reduced(
+    h_TD: Tensor,
+    weight_D: Tensor,
+    offset: float,
+    eps: float,
+    out_TD: Tensor,
+    A_RD: Tensor,
+    room_TR: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm`, and out A^T (T, R), also copied to `room`."""
+    scale_T = rms_norm(h_TD, weight_D, offset, eps, out_TD)
+    return scale_T, reduced_product(out_TD, A_RD, room_TR)
+
+
 def rms_norm_backward(
     grad_TD: Tensor,
     h_TD: Tensor,
@@ -213,13 +227,11 @@ def gate_updated(
     """`gate` of gate_up + reduced B^T, which is nowhere written; returns out A^T (T, r) where A is given, also copied to
     `room`."""
     gate(update.of(_wide(gate_up_T2F)), activation, out_TF)
-    return reduced_product(out_TF, A_RF, room_TR)
+    return None if A_RF is None else reduced_product(out_TF, A_RF, room_TR)
 
 
-def reduced_product(x_TF: Tensor, A_RF: Tensor | None, room_TR: Tensor | None) -> Tensor | None:
+def reduced_product(x_TF: Tensor, A_RF: Tensor, room_TR: Tensor | None) -> Tensor:
     """x A^T (T, r), also copied to `room`."""
-    if A_RF is None:
-        return None
     reduced = torch.mm(x_TF, A_RF.t())
     if room_TR is not None:
         copy_rows(reduced, room_TR)
@@ -262,6 +274,29 @@ def gradient_of_factor(grad_T2F: Tensor, update: Update) -> Tensor:
     return all_B
 
 
+class Outer(NamedTuple):
+    """What is summed over tokens to the gradient of a factor."""
+
+    few: Tensor
+    """(T, R)"""
+    many: Tensor
+    """(T, C)"""
+    scale: Tensor | None = None
+    """(T), by which `few` is still to be multiplied."""
+
+
+def factor_gradients(of_A: Outer | None, of_B: Outer | None) -> tuple[Tensor | None, Tensor | None]:
+    """few^T many (R, C) for A and many^T few (C, R) for B, each with its own; or parts (S, ..) that add up to them."""
+    all_A = None if of_A is None else torch.mm(_scaled(of_A).t(), of_A.many)
+    return all_A, None if of_B is None else torch.mm(of_B.many.t(), _scaled(of_B))
+
+
+def _scaled(outer: Outer) -> Tensor:
+    if outer.scale is None:
+        return outer.few
+    return (_wide(outer.few) * outer.scale[:, None]).to(outer.few.dtype)
+
+
 def drop(x_TI: Tensor, seed: Tensor, stream: int, share: float, out_TI: Tensor) -> None:
     """out = x with a share of its elements zero and the others divided by 1 - share: which, is a function of seed, stream
     and place. Source: Srivastava et al., JMLR 15 (2014)."""
@@ -276,9 +311,9 @@ def add_product(out_TI: Tensor, left_TR: Tensor, right_RI: Tensor, residual_TI: 
     out_TI.copy_(_wide(out_TI) + (product if residual_TI is None else _wide(residual_TI) + product))
 
 
-def copy_rows(source_TR: Tensor, out_TR: Tensor, scale_T: Tensor | None = None) -> None:
-    """out = source [* scale]: a few columns of wide rows."""
-    out_TR.copy_(source_TR if scale_T is None else _wide(source_TR) * scale_T[:, None])
+def copy_rows(source_TR: Tensor, out_TR: Tensor) -> None:
+    """out = source: a few columns of wide rows."""
+    out_TR.copy_(source_TR)
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:

@@ -16,6 +16,9 @@ from torch import Tensor
 BLOCK = 2048
 FIELDS = 6
 
+SUM_BLOCK, SUM_UNROLLED = 512, 4
+"""Of sums of parts: with so many loads under way, it takes as long as the memory does."""
+
 
 class Piece(NamedTuple):
     """A matrix that is copied: `out[i, j] = scaling * source[i, j]`, rows as far apart as the strides say."""
@@ -81,7 +84,7 @@ class Accumulate:
         ]
         self.table = torch.tensor(rows, dtype=torch.int64, device=device)
         self.scalings = torch.tensor([share.scaling for share in shares], dtype=torch.float32, device=device)
-        self.grid = len(shares), triton.cdiv(max(total.numel() for total in self.totals), BLOCK)
+        self.grid = len(shares), triton.cdiv(max(total.numel() for total in self.totals), SUM_BLOCK)
 
     def add(self, all_A: Tensor, all_B: Tensor, column_factor: Tensor | None, offset: float) -> None:
         """`all_A` (R, I) and `all_B` (O, R), or parts of them (S, ..) that are summed here, hold the gradients of all
@@ -89,7 +92,7 @@ class Accumulate:
         parts_A, parts_B = (1 if product.dim() == 2 else product.shape[0] for product in (all_A, all_B))
         _accumulate[self.grid](
             all_A, all_B, column_factor, self.totals[0], self.table, self.scalings, offset, parts_A, parts_B,
-            all_A.numel() // parts_A, all_B.numel() // parts_B, FIELDS, BLOCK,
+            all_A.numel() // parts_A, all_B.numel() // parts_B, FIELDS, SUM_BLOCK, SUM_UNROLLED,
         )  # fmt: skip
 
 
@@ -134,6 +137,7 @@ def _accumulate(
     part_B_size: int,
     FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ) -> None:
     piece = tl.program_id(0)
     entry = table + piece * FIELDS
@@ -148,19 +152,27 @@ def _accumulate(
         row, column = index // columns, index % columns
         inside = index < count
         place = start + row * stride + column
-        value = tl.zeros((BLOCK,), dtype=tl.float32)
         if of_A == 1:
-            part = 0
-            while part < parts_A:  # its number differs from batch to batch: not worth a kernel of its own
-                value += tl.load(all_A + place + part * part_A_size, mask=inside, other=0.0).to(tl.float32)
-                part += 1
+            value = _sum_of_parts(all_A + place, inside, parts_A, part_A_size, BLOCK, UNROLLED)
             if column_factor is not None:
                 value *= offset + tl.load(column_factor + column, mask=inside, other=0.0).to(tl.float32)
         else:
-            part = 0
-            while part < parts_B:
-                value += tl.load(all_B + place + part * part_B_size, mask=inside, other=0.0).to(tl.float32)
-                part += 1
+            value = _sum_of_parts(all_B + place, inside, parts_B, part_B_size, BLOCK, UNROLLED)
         value *= tl.load(scalings + piece)
         before = tl.load(total + index, mask=inside, other=0.0)
         tl.store(total + index, before + value, mask=inside)
+
+
+@triton.jit
+def _sum_of_parts(
+    places: tl.tensor, inside: tl.tensor, parts: int, part_size: int, BLOCK: tl.constexpr, UNROLLED: tl.constexpr
+) -> tl.tensor:
+    """Of all parts at some places: a few of them are under way at a time, and added up in their order."""
+    value = tl.zeros((BLOCK,), dtype=tl.float32)
+    first = 0
+    while first < parts:  # their number differs from batch to batch: not worth a kernel of its own
+        for step in tl.static_range(UNROLLED):
+            part = first + step
+            value += tl.load(places + part * part_size, mask=inside & (part < parts), other=0.0).to(tl.float32)
+        first += UNROLLED
+    return value

@@ -171,6 +171,7 @@ class GraphedLoss:
             self.most_tokens = 0
             self.failure = str(error).strip().splitlines()[0]
             torch.cuda.synchronize(self.device)
+            _leave_recording(self.device)
         return self._captured.get(slots)
 
     def _capture(self, filled: PackedBatch) -> _Captured:
@@ -184,6 +185,15 @@ class GraphedLoss:
             loss = self._run(inputs)
         self._pool = self._pool or graph.pool()
         return _Captured(inputs, graph, loss)
+
+
+def _leave_recording(device: torch.device) -> None:
+    """Give the generator a state that knows nothing of a recording that failed: torch leaves it in the middle of it, where
+    it refuses to draw."""
+    generator: Any = torch.cuda.default_generators[
+        torch.cuda.current_device() if device.index is None else device.index
+    ]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 @functools.cache
