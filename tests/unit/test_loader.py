@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -387,6 +389,26 @@ def test_no_worker_outlives_the_training() -> None:
         trainer = short_trainer(rows=rows, dataloader_num_workers=2, **settings)
         trainer.train()
         assert set(children()) == before
+
+
+class Serving(Numbers):
+    """Reports, for each row, an error in a thread, as Python's that serves the files of a batch does."""
+
+    def __getitem__(self, number: int) -> tuple[int, float]:
+        for error in (ConnectionResetError("a cut connection"), EOFError("a short message"), ValueError("another")):
+            thread = threading.Thread(target=sys.excepthook, args=(type(error), error, None))
+            thread.start()
+            thread.join()
+        sys.excepthook(BrokenPipeError, BrokenPipeError("not in a thread"), None)
+        return super().__getitem__(number)
+
+
+def test_a_cut_connection_is_no_error_of_a_worker(capfd: pytest.CaptureFixture[str]) -> None:
+    """As a stop leaves it where it comes while a batch is received."""
+    epoch_of(stream(Serving(), num_workers=1))
+    said = capfd.readouterr().err
+    assert said.count("another") == said.count("not in a thread") == NUM_ROWS
+    assert "a cut connection" not in said and "a short message" not in said
 
 
 def children() -> list[int]:

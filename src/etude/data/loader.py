@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from etude.data.order import EpochBatches, NumberedBatch
 from etude.data.randomness import derive_seed, seed_generators, undisturbed_generators
-from etude.data.workers import is_dead_worker, worker_watch
+from etude.data.workers import expect_cut_connections, is_dead_worker, worker_watch
 from etude.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ def build_loader(
             "prefetch_factor": prefetch_factor,
             "multiprocessing_context": multiprocessing_context,
             "in_order": in_order,
+            "worker_init_fn": expect_cut_connections,
         }
     if batches is None:
         stream = dataset if isinstance(dataset, IterableDataset) else PlainIterable(dataset)

@@ -1,4 +1,4 @@
-"""Dead data-loading workers: noticed only where a run waits for data.
+"""Data-loading workers that die or are left alone: noticed only where a run waits for data.
 
 torch notices them in a handler of SIGCHLD that raises wherever the program stands, in the middle of an update or of a
 save. A scheduler that sends SIGTERM to all processes of a job kills the workers, and would so end the run before it could
@@ -8,10 +8,11 @@ save. Here the error is kept until the next wait for data, where the place to go
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 
 
 class WorkerWatch:
@@ -57,6 +58,19 @@ class WorkerWatch:
 
 
 worker_watch = WorkerWatch()
+
+
+def expect_cut_connections(worker: int) -> None:
+    """For a worker as it starts (`worker_init_fn`): a run that is stopped while it fetches a batch may cut the connection
+    that it receives it on, which a thread of Python's would print in the worker as if something had failed."""
+    report = sys.excepthook
+
+    def report_others(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        is_cut = isinstance(error, (ConnectionError, EOFError))
+        if not is_cut or threading.current_thread() is threading.main_thread():
+            report(kind, error, traceback)
+
+    sys.excepthook = report_others
 
 
 def is_dead_worker(error: RuntimeError) -> bool:
