@@ -39,9 +39,11 @@ OPTIONAL_FILES: set[tuple[str, str]] = {
     ("kernels/fused_attention_backward.py", "triton"),
     ("kernels/fused_cross_entropy.py", "triton"),
     ("kernels/fused_fp8.py", "triton"),
+    ("kernels/fused_factors.py", "triton"),
     ("kernels/fused_gate.py", "triton"),
     ("kernels/fused_heads.py", "triton"),
     ("kernels/fused_norm.py", "triton"),
+    ("kernels/fused_tiles.py", "triton"),
     ("kernels/transfer.py", "triton"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -162,16 +163,18 @@ STEPPED = [
 
 @pytest.mark.parametrize("name", STEPPED)
 def test_steps_of_a_model_equal_those_of_peft(name: str) -> None:
-    """The adapters as they are after every update."""
+    """The adapters as they are after every update, beside peft in float64: in float32 it is as far from that as ours."""
     model = BUILT[name]()
+    exact = copy.deepcopy(model).double()
     first, second = batches(2)
     num_items = num_items_of(first) + num_items_of(second)
     path = with_blocks(model, first)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(3):
+        exact.load_state_dict(model.state_dict())
         theirs = loss_and_gradients(
-            model, lambda: (model(**batch, num_items_in_batch=num_items).loss for batch in (first, second))
+            exact, lambda: (exact(**batch, num_items_in_batch=num_items).loss for batch in (first, second))
         )
         ours = loss_and_gradients(model, lambda: (path.loss(model, batch, num_items) for batch in (first, second)))
         assert_equal(ours, theirs, 1e-5)
