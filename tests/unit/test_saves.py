@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -191,19 +192,32 @@ def test_the_writer_refuses_two_at_once(tmp_path: Path) -> None:
     assert [checkpoint.step for checkpoint in store.committed()] == [1]
 
 
-def test_a_fork_waits_for_the_writer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that is started meanwhile must not inherit what the thread has locked."""
-    gate, seen = Gate(monkeypatch), []
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_fork_waits_for_the_writer(monkeypatch: pytest.MonkeyPatch, is_interrupted: bool) -> None:
+    """A worker that is started meanwhile must not inherit what the thread has locked, whatever a signal does meanwhile."""
+    gate = Gate(monkeypatch)
+    seen: list[Any] = []
+
+    def leave(number: int, frame: Any) -> None:
+        seen.append("signal")
+        raise KeyboardInterrupt
 
     def fork() -> None:
-        threading.Timer(0.2, gate.is_open.set).start()
+        threading.Timer(0.3, gate.is_open.set).start()
+        if is_interrupted:
+            signal.signal(signal.SIGALRM, leave)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
         worker = multiprocessing.get_context("fork").Process(target=os._exit, args=(0,))
         worker.start()
         seen.append(checkpoints())
         worker.join()
 
-    short_trainer(callbacks=[At(step_3=fork)], **SAVING).train()
-    assert seen == [[2]]
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        short_trainer(callbacks=[At(step_3=fork)], **SAVING).train()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert seen == (["signal", [2]] if is_interrupted else [[2]])
 
 
 def test_what_reads_checkpoints_finds_them_complete(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ inherit its locks, but not the thread that opens them again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
@@ -159,8 +160,13 @@ _writers: weakref.WeakSet[InBackground] = weakref.WeakSet()
 
 
 def _wait_for_writers() -> None:
+    """Before a fork. What a signal raises here Python would print and drop, and fork while a thread still writes: whoever
+    handles the signal has to look again afterwards, as `Interrupts` does."""
     for writer in list(_writers):
-        writer.wait()
+        while True:
+            with contextlib.suppress(BaseException):
+                writer.wait()
+                break
 
 
 os.register_at_fork(before=_wait_for_writers)
