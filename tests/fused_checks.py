@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -293,6 +294,14 @@ def check_factor_gradients(
     is_high = any(outer is not None and outer.few.shape[1] > fused_factors.MOST_RANKS for outer in outers)
     slack = 1.0 + (torch.finfo(inputs.dtype).eps / NOISE if is_high else 0.0)  # there sums may be rounded on the way
     found = fused.factor_gradients(*outers)
+    with patch.object(fused_factors, "PROGRAMS", 2):  # several tiles for each
+        for made, again in zip(found, fused.factor_gradients(*outers), strict=True):
+            if made is not None and again is not None:
+                totals = [parts.sum(dim=0) if parts.dim() == 3 else parts for parts in (made, again)]
+                torch.testing.assert_close(*totals, rtol=1e-4, atol=1e-4 * float(totals[0].abs().max()))
+    turned = [outer and outer._replace(many=outer.many.t().contiguous().t()) for outer in outers]
+    for made, again in zip(found, fused.factor_gradients(*turned), strict=True):
+        assert made is again is None or is_high or torch.equal(made, again)
     for made, asked, is_A in zip(found, outers, (True, False), strict=True):
         assert (made is None) == (asked is None)
         if made is None or asked is None:
@@ -362,10 +371,16 @@ def check_accumulate(inputs: Inputs, I: int, members: list[tuple[int, int]], *, 
         assert_rounded_once(share.total, expected, expected.abs() + 10.0)
     for share, total in zip(shares, before, strict=True):
         share.total.copy_(total)
-    parts_A, parts_B = (torch.stack([product, 2.0 * product, -2.0 * product]) for product in (all_A, all_B))
+    more = [1.0, 2.0, -2.0, 0.5, -0.5, 4.0, -4.0]  # than are under way at a time
+    parts_A, parts_B = (torch.stack([part * product for part in more]) for product in (all_A, all_B))
     accumulate.add(parts_A, parts_B[:1], factor, offset)
     for share, expected in zip(shares, exact, strict=True):
-        assert_rounded_once(share.total, expected, 5 * expected.abs() + 10.0)
+        assert_rounded_once(share.total, expected, 14 * expected.abs() + 10.0)
+    for share, total in zip(shares, before, strict=True):
+        share.total.copy_(total)
+    accumulate.add(parts_A[:3], parts_B, factor, offset)
+    for share, expected in zip(shares, exact, strict=True):
+        assert_rounded_once(share.total, expected, 14 * expected.abs() + 10.0)
 
 
 def check_drop(inputs: Inputs, T: int, F: int) -> None:

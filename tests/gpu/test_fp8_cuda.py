@@ -123,7 +123,7 @@ def test_a_graph_of_products_replays() -> None:
     h, weight = BFLOAT16.rows(250, 512, seed=0, apart=0), BFLOAT16.vector(512, seed=1)
 
     def run() -> torch.Tensor:
-        x, _ = projection.norm_input(h, weight, 0.0, 1e-6)
+        x, _, _ = projection.norm_input(h, weight, 0.0, 1e-6)
         y, _ = projection.forward(x)
         return projection.backward(y)[0]
 

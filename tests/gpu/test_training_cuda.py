@@ -97,11 +97,13 @@ def test_graphs_give_what_the_layers_give_without(tmp_path: Path) -> None:
 
 class SeesGraphs(TrainerCallback):
     failure: str | None = None
+    random: torch.Tensor
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.random = torch.cuda.get_rng_state()
         if self.trainer.graphs is not None:
             self.failure = self.trainer.graphs.failure
 
@@ -116,7 +118,7 @@ def test_a_recording_that_fails_changes_nothing_else(tmp_path: Path, monkeypatch
             torch.cuda.synchronize()  # what no recording allows
         return run(self, batch)
 
-    curves = []
+    curves, randoms = [], []
     for name, cuda_graphs in (("plain", False), ("spoiled", True)):
         monkeypatch.setattr(GraphedLoss, "_run", spoiled)
         trained = trainer(tmp_path / name, wide=True, bf16=True, lora_dropout=0.1, cuda_graphs=cuda_graphs)
@@ -124,8 +126,10 @@ def test_a_recording_that_fails_changes_nothing_else(tmp_path: Path, monkeypatch
         trained.add_callback(seen)
         trained.train()
         curves.append(losses(trained))
+        randoms.append(seen.random)
         assert (seen.failure is not None) == cuda_graphs
     assert len(curves[1]) == 12
+    assert torch.equal(*randoms)
     assert curves[1] == pytest.approx(curves[0], rel=2e-3)
     assert bool(torch.randn(8, device="cuda").isfinite().all())
 

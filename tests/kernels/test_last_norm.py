@@ -16,8 +16,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from etude.errors import ModelError
 from etude.kernels.block import Norm
 from etude.kernels.layers import last_norm_of
+from etude.kernels.norm import LastNorm
 from etude.kernels.plan import KernelPlan, plan_kernels
 from etude.model.capabilities import causal_model, decoder_of
+from saving import At
+from short_run import short_trainer
 from tiny import tiny_llama, with_lora
 
 
@@ -32,27 +35,39 @@ def values(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def is_ours(output: Tensor) -> bool:
+    """The view of what `_Normed` has made."""
+    grad_fn: Any = output.grad_fn
+    return grad_fn is not None and "Normed" in repr(grad_fn.next_functions[0][0])
+
+
 @pytest.mark.parametrize("norm_class", [LlamaRMSNorm, Gemma3RMSNorm])
 def test_it_equals_the_model_s_own(norm_class: type) -> None:
     norm = norm_of(norm_class, eps=1e-3)
     found = last_norm_of(norm)
     assert found is not None
+    found.is_packed = True
     h = values(2, 5, 24, seed=0).requires_grad_()
     grad = values(2, 5, 24, seed=1)
     ours, theirs = found.forward(h), norm(h)
     torch.testing.assert_close(ours, theirs)
-    assert "Normed" in type(ours.grad_fn.next_functions[0][0]).__name__ or "Normed" in repr(ours.grad_fn)
+    assert is_ours(ours) and not is_ours(theirs)
     for mine, own in zip(*(torch.autograd.grad(output, h, grad) for output in (ours, theirs)), strict=True):
         torch.testing.assert_close(mine, own)
     assert found.compare(values(1, 7, 24, seed=2)) < 1e-6
 
 
-def test_without_a_gradient_it_is_the_model_s_own() -> None:
+@pytest.mark.parametrize("why", ["no gradient", "another type", "not packed", "unfrozen since"])
+def test_otherwise_it_is_the_model_s_own(why: str) -> None:
     found = last_norm_of(norm_of(LlamaRMSNorm))
     assert found is not None
-    for h in (values(3, 24, seed=0), values(3, 24, seed=0).bfloat16().requires_grad_()):
-        assert torch.equal(found.forward(h), found.layer(h))
-        assert "Normed" not in repr(found.forward(h).grad_fn)
+    h = values(3, 24, seed=0).to(torch.bfloat16 if why == "another type" else torch.float32)
+    h.requires_grad_(why != "no gradient")
+    found.is_packed = why != "not packed"
+    if why == "unfrozen since":
+        found.layer.weight.requires_grad_()
+    assert torch.equal(found.forward(h), found.layer(h))
+    assert not is_ours(found.forward(h))
 
 
 def trained_norm() -> nn.Module:
@@ -66,9 +81,9 @@ def replaced_forward() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "layer", [None, nn.Identity(), nn.LayerNorm(24).requires_grad_(False), trained_norm(), replaced_forward()]
+    "layer", [None, "rms", nn.Identity(), nn.LayerNorm(24).requires_grad_(False), trained_norm(), replaced_forward()]
 )
-def test_other_norms_stay(layer: nn.Module | None) -> None:
+def test_other_norms_stay(layer: Any) -> None:
     assert last_norm_of(layer) is None
 
 
@@ -106,6 +121,31 @@ def test_a_wrong_one_is_not_used(offset: float) -> None:
     plan.blocks.clear()  # those would be compared first
     plan.apply()
     hidden = values(1, 6, numbers.weight.numel(), seed=0)
-    with pytest.raises(ModelError, match="our last norm and the model's own differ by"), plan.verifying(torch.float32):
+    expected = pytest.raises(ModelError, match="our last norm and the model's own differ by")
+    with expected, plan.verifying(torch.float32), plan.packed():
         plan.last_norm.layer(hidden)
     assert plan.last_norm.calls_seen is None
+
+
+def test_a_packed_step_is_computed_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a forward of padded rows beside it is the model's own."""
+    seen: list[bool] = []
+    run = LastNorm.run
+
+    def watched(self: LastNorm, hidden_states: Tensor) -> Tensor:
+        seen.append(self.is_packed)
+        return run(self, hidden_states)
+
+    monkeypatch.setattr(LastNorm, "run", watched)
+    trainer = short_trainer(max_steps=2, report_to="none")
+    trainer.add_callback(At(step_1=lambda: padded_pass(trainer, seen)))
+    trainer.train()
+    assert True in seen and "padded" in seen
+
+
+def padded_pass(trainer: Any, seen: list[Any]) -> None:
+    before = len(seen)
+    rows = torch.ones(1, 4, dtype=torch.int64)
+    trainer.model(input_ids=rows, labels=rows)
+    assert len(seen) == before
+    seen.append("padded")

@@ -328,7 +328,8 @@ class _AttentionOutput(torch.autograd.Function):
         attended, reduced, product, scale_T = ctx.saved_tensors
         product_grad = _undo_norm(block.output, grad, block.attention_norm, product, scale_T)
         attended_grad, reduced_grad = block.output.backward(product_grad, ctx.drop)
-        # Rows apart would be lost on cuDNN's attention: torch takes a plan made for other strides of this gradient.
+        # A whole product is contiguous already. cuDNN's attention must never see a part of one: its plan is kept without the
+        # strides of this gradient, and reads where the first one lay.
         attended_grad = attended_grad.contiguous()
         gradients = block.output.adapter_gradients(product_grad, reduced, reduced_grad, attended, drop=ctx.drop)
         return None, None, attended_grad, grad, *gradients

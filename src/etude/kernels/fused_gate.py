@@ -29,9 +29,10 @@ MOST_RANKS = 64
 """Above it the sums of a tile do not fit the registers, and products of their own take over."""
 
 TILE_ROWS, TILE_COLUMNS, TILE_WARPS, TILE_STAGES = 64, 64, 4, 3
-BACKWARD_ROWS, BACKWARD_WARPS = 32, 2
-"""Of 24 shapes the fastest on an H100, 14,336 columns and 8,192 rows: without the next tiles on their way (one stage) the
-passes take twice as long, larger tiles spill registers."""
+FEW_RANKS, FEW_ROWS, FEW_WARPS = 16, 32, 2
+"""Of 24 shapes the fastest on an H100, 14,336 columns, 8,192 rows and 16 ranks of each: without the next tiles on their way (one
+stage) the passes take twice as long, larger tiles spill registers. The backward pass takes fewer rows up to so many ranks;
+above them two warps spill registers."""
 
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 2112, 1056
 """Sixteen and eight for each multiprocessor of a large GPU, so that they end at about the same time; more of them in the
@@ -112,7 +113,8 @@ def gate_updated_backward(
     if max(*ranks, next_rank) > MOST_RANKS:
         return _backward_of_high_ranks(grad_TF, gate_up_T2F, update, activation, out_T2F, reduction, product_TF)
     blocks = triton.cdiv(F, TILE_COLUMNS)
-    tiles, splits = share_out(triton.cdiv(T, BACKWARD_ROWS), blocks, BACKWARD_PROGRAMS)
+    rows, warps = (FEW_ROWS, FEW_WARPS) if max(*ranks, next_rank) <= FEW_RANKS else (TILE_ROWS, TILE_WARPS)
+    tiles, splits = share_out(triton.cdiv(T, rows), blocks, BACKWARD_PROGRAMS)
     all_B = torch.empty((splits, 2 * F, sum(ranks)), dtype=torch.float32, device=grad_TF.device)
     all_A = (
         None if reduction is None else torch.empty((splits, next_rank, F), dtype=torch.float32, device=grad_TF.device)
@@ -126,7 +128,7 @@ def gate_updated_backward(
     _gate_updated_backward[(blocks * splits,)](
         grad_TF, gate_up_T2F, update.reduced, update.B, grad_reduced, A, out_T2F, product_TF, all_B, all_A, *strides,
         T, splits, tiles, F, *ranks, next_rank, rank_block(ranks[0]), rank_block(ranks[1]), rank_block(next_rank),
-        activation == SILU, update.B is not None, BACKWARD_ROWS, TILE_COLUMNS, TILE_STAGES, num_warps=BACKWARD_WARPS,
+        activation == SILU, update.B is not None, rows, TILE_COLUMNS, TILE_STAGES, num_warps=warps,
     )  # fmt: skip
     return all_B, all_A
 

@@ -10,6 +10,8 @@ tile, powers of two.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -30,8 +32,11 @@ MOST_RANKS = 64
 
 FEW_RANKS, TILE_OF_FEW, TILE_OF_MANY, TILE_WARPS, TILE_STAGES = 32, (16, 512), (32, 128), 8, 3
 """Rows and columns of `rms_norm_backward` with an update of up to so many ranks and of more, in half precision; wider numbers
-take fewer columns, so that the next tiles still fit the shared memory. Of ten shapes each the fastest on an H100, 4,096
-columns and 8,192 rows: fewer rows leave more of the second walk's reads in the cache, more read A less often."""
+take fewer columns. Of ten shapes each the fastest on an H100, 4,096 columns and 8,192 rows: fewer rows leave more of the second
+walk's reads in the cache, more read A less often."""
+
+SHARED_BYTES = 190 * 2**10
+"""What the tile of few ranks needs, with the next ones on their way; a multiprocessor that has less takes that of many."""
 
 REDUCED_ROWS, REDUCED_COLUMNS, REDUCED_WARPS, REDUCED_STAGES = 16, 128, 2, 3
 """Of `rms_norm_reduced` in half precision; wider numbers take fewer columns."""
@@ -97,7 +102,7 @@ def rms_norm_backward(
     if update is not None and update.A.shape[0] > 0:
         rank = update.A.shape[0]
         ranks = rank_block(rank)
-        rows, columns = TILE_OF_FEW if ranks <= FEW_RANKS else TILE_OF_MANY
+        rows, columns = TILE_OF_FEW if ranks <= FEW_RANKS and _has_room(h_TD.device) else TILE_OF_MANY
         _rms_norm_updated_backward[(triton.cdiv(T, rows),)](
             grad_TD, h_TD, weight_D, residual_TD, scale_T, update.grad_reduced, update.A, out_TD, *strides,
             update.grad_reduced.stride(0), update.A.stride(0), offset, T, D, rank, ranks, rows,
@@ -109,6 +114,14 @@ def rms_norm_backward(
         grad_TD, h_TD, weight_D, residual_TD, scale_T, out_TD, *strides, offset, D, block, num_warps=num_warps
     )
     return out_TD
+
+
+@functools.cache
+def _has_room(device: torch.device) -> bool:
+    """Whether a multiprocessor has the shared memory for the tile of few ranks, as Hopper has; elsewhere nothing runs in it."""
+    if device.type != "cuda":
+        return True
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)) >= SHARED_BYTES
 
 
 def _row_shape(D: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 def share_out(tiles: int, blocks: int, programs: int) -> tuple[int, int]:
     """(tiles of one program, programs of a block) for the tiles of each of so many blocks: a power of two, so that kernels
     for few numbers have to be compiled."""
-    of_program = triton.next_power_of_2(triton.cdiv(tiles * blocks, programs))
+    of_program = max(triton.next_power_of_2(triton.cdiv(tiles * blocks, programs)), 1)
     return of_program, triton.cdiv(tiles, of_program)
 
 

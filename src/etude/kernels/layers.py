@@ -122,9 +122,9 @@ def block_of(
     return block
 
 
-def last_norm_of(layer: nn.Module | None) -> LastNorm | None:
+def last_norm_of(layer: Any) -> LastNorm | None:
     """The norm behind the layers as one that our kernels compute; None where it is something else or was changed."""
-    if layer is None or _changes(layer) is not None:
+    if not isinstance(layer, nn.Module) or _changes(layer) is not None:
         return None
     norm = _norm(layer)
     return None if norm is None else LastNorm(layer, norm)
@@ -223,7 +223,7 @@ def _norm(module: Any) -> Norm | None:
         return None
     probe = torch.linspace(-2, 3, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
     with torch.no_grad():
-        answer = module(probe).double()
+        answer = type(module).forward(module, probe).double()  # without the hooks of others
         wide = probe.double()
         normed = wide * torch.rsqrt(wide.square().mean() + eps)
         # The nearer of the two: next to weights in the hundreds (Gemma 3) an offset of one passes for rounding.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from etude.kernels.block import Norm, rows_of
@@ -17,20 +17,27 @@ from etude.kernels.projection import operations
 class LastNorm:
     """The norm of a decoder and its numbers."""
 
-    layer: nn.Module
+    layer: Any
+    """The model's own module."""
     norm: Norm
     calls_seen: list[Tensor] | None = None
     """A list here receives what the norm is called with, for a comparison with its own forward."""
+    is_packed: bool = False
+    """Whether the forward under way is one of packed samples: others are the model's own, as in the layers."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Stands in for the norm's forward. What needs no gradient, or is of another type than its weight, goes to its own."""
-        if self.calls_seen is not None:
+        takes = self.is_packed and hidden_states.dtype == self.norm.weight.dtype and not self.layer.weight.requires_grad
+        if takes and self.calls_seen is not None:
             self.calls_seen.append(hidden_states.detach().clone())
-        trains = torch.is_grad_enabled() and hidden_states.requires_grad
-        if not trains or hidden_states.dtype != self.norm.weight.dtype:
-            own: Any = type(self.layer).forward
-            result: Tensor = own(self.layer, hidden_states)
-            return result
+        if takes and torch.is_grad_enabled() and hidden_states.requires_grad:
+            return self.run(hidden_states)
+        own: Any = type(self.layer).forward
+        result: Tensor = own(self.layer, hidden_states)
+        return result
+
+    def run(self, hidden_states: Tensor) -> Tensor:
+        """The norm of (.., D)."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         normed: Tensor = _Normed.apply(self.norm, rows)  # type: ignore[no-untyped-call]
         return normed.view(hidden_states.shape)
@@ -43,7 +50,7 @@ class LastNorm:
         direction = torch.linspace(-1, 1, hidden_states.numel(), device=hidden_states.device)
         direction = direction.view_as(hidden_states).to(hidden_states.dtype)
         results = []
-        for run in (lambda h: own(self.layer, h), self.forward):
+        for run in (lambda h: own(self.layer, h), self.run):
             with torch.enable_grad():
                 h = hidden_states.clone().requires_grad_()
                 output = run(h)

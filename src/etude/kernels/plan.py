@@ -263,6 +263,18 @@ class KernelPlan:
             self._gather = Gather(pieces)
 
     @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Inside, forwards are of packed samples."""
+        if self.last_norm is None:
+            yield
+            return
+        before, self.last_norm.is_packed = self.last_norm.is_packed, True
+        try:
+            yield
+        finally:
+            self.last_norm.is_packed = before
+
+    @contextmanager
     def verifying(self, dtype: torch.dtype) -> Iterator[None]:
         """Compare one block of each kind, and every mixture, with the layer's own forward and backward, on what it is called
         with inside.

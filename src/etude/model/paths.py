@@ -143,7 +143,7 @@ class PackedPath:
 
     def _forward(self, module: nn.Module, batch: PackedBatch, segments: Segments, **options: Any) -> Any:
         self.plan.refresh()
-        with self.switch.packed():
+        with self.switch.packed(), self.plan.packed():
             return packed_forward(module, batch, segments, **options)
 
     def _chunked(self, model: nn.Module, batch: PackedBatch) -> Tensor:
