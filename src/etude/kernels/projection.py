@@ -375,8 +375,9 @@ class Projection:
 
         `x` is the input (T, I); or, where the input is a norm's output n * s * (offset + w), the norm's own input n with w
         as `column_factor` and s as `row_scale`, by which `grad_reduced` is still to be multiplied: the norm's output need
-        not be kept or made again. `all_A` = grad_reduced^T x and `all_B` = grad^T reduced, or parts (S, ..) that add up to them, are computed where
-        they are not known already. `product` is what `forward` gave, where the projection needs it and keeps none itself.
+        not be kept or made again. `all_A` = grad_reduced^T x and `all_B` = grad^T reduced, or parts (S, ..) that add up to
+        them, are computed where they are not known already. `product` is what `forward` gave, where the projection needs it
+        and keeps none itself.
         """
         if not self.rank:
             return []
